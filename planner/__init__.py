@@ -1,0 +1,1 @@
+"""Layouts, schedules, lowering, cost and memory models, and the search over them."""

@@ -1,0 +1,164 @@
+"""`Plan`: inputs, layout, schedule, costs and estimate in one canonical file, sealed by digests."""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+from pathlib import Path
+
+from planner.layout import Layout
+from planner.schedule import Schedule, parse_schedule
+from profiles.cluster import ClusterSpec
+from profiles.files import canonical_json, digest, from_plain, read_json, write_text
+from profiles.model import ModelSpec
+from profiles.profile import Cost, DeviceFacts
+from profiles.stack import StackSpec
+from profiles.workload import Workload
+
+PLAN_SCHEMA_VERSION = 1
+
+
+class StalePlanError(ValueError):
+    """The plan file, or something that it was made from, changed since it was written."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageCost:
+    """Predicted costs of one pipeline stage on one rank.
+
+    `forward` and `backward` are for one micro-batch with their tensor-parallel collectives inside
+    (`tensor_parallel_*_ns` says how much of the median that is); `send_*` move one micro-batch's
+    activations on to the next stage, or its gradient back to the previous one; `all_reduce` is
+    the data-parallel gradient reduction of one step; `optimizer` updates the stage once; `other`
+    is host work of one step.
+    """
+
+    forward: Cost
+    backward: Cost
+    send_forward: Cost
+    send_backward: Cost
+    all_reduce: Cost
+    optimizer: Cost
+    other: Cost
+    tensor_parallel_forward_ns: int
+    tensor_parallel_backward_ns: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StageMemory:
+    """Predicted peak memory of one rank of a stage, in bytes, by what holds it."""
+
+    parameters: int
+    gradients: int
+    optimizer: int
+    activations: int
+    temporary: int
+    context: int
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return sum(getattr(self, field.name) for field in fields(self))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Candidate:
+    """One layout that fits: its step time with its band and the peak memory of its worst rank."""
+
+    layout: Layout
+    step: Cost
+    peak_bytes: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Rejection:
+    """One layout that does not: `rule` is a short name to count by, `reason` a sentence."""
+
+    layout: str
+    rule: str
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ProfileReference:
+    """Which profile the costs came from; `path` is empty for one that is not in a file."""
+
+    path: str
+    digest: str
+    device: DeviceFacts
+    versions: Mapping[str, str]
+    measured_at: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """One chosen layout with everything that is needed to simulate, run and explain it.
+
+    `schedule` is the text of the schedule, one line a pipeline rank; `costs` and `memory` hold one
+    entry a stage; `ranking` is the short list, best first, `chosen` the place in it of this plan;
+    `section_digests` holds a SHA-256 of every other field and `plan_digest` one of all of them.
+    """
+
+    schema_version: int
+    tool_version: str
+    seed: int
+    model: ModelSpec
+    workload: Workload
+    cluster: ClusterSpec
+    stack: StackSpec
+    profile: ProfileReference
+    layout: Layout
+    schedule: tuple[str, ...]
+    costs: tuple[StageCost, ...]
+    memory: tuple[StageMemory, ...]
+    step: Cost
+    ranking: tuple[Candidate, ...]
+    chosen: int
+    num_layouts: int
+    rejections: tuple[Rejection, ...]
+    section_digests: Mapping[str, str]
+    plan_digest: str
+
+    def parsed_schedule(self) -> Schedule:
+        """Return the schedule as a value."""
+        return parse_schedule("\n".join(self.schedule), self.layout.schedule)
+
+
+_SEALS = ("section_digests", "plan_digest")
+
+
+def seal(**sections: object) -> Plan:
+    """Return the plan of these fields, with its digests filled in."""
+    digests = {name: digest(section) for name, section in sections.items()}
+    return Plan(**sections, section_digests=digests, plan_digest=digest(digests))  # type: ignore[arg-type]
+
+
+def save_plan(plan: Plan, path: Path) -> None:
+    """Write `plan` to `path` as canonical JSON."""
+    write_text(path, canonical_json(plan))
+
+
+def load_plan(path: Path) -> Plan:
+    """Return the plan in `path`.
+
+    Raises InvalidInputError for a file that is no plan, and StalePlanError that names each section
+    that was changed since `layline plan` wrote it.
+    """
+    data = read_json(path, "plan made by `layline plan`")
+    fix = "make it again with `layline plan`"
+    if isinstance(data, dict) and data.get("schema_version") != PLAN_SCHEMA_VERSION:
+        version = data.get("schema_version", "missing")
+        raise StalePlanError(
+            f"{path}: schema_version is {version}; this version reads {PLAN_SCHEMA_VERSION}; {fix}"
+        )
+    plan = from_plain(Plan, data, str(path), fix)
+    sections = [field.name for field in fields(Plan) if field.name not in _SEALS]
+    changed = [
+        name for name in sections if plan.section_digests.get(name) != digest(getattr(plan, name))
+    ]
+    if not changed and plan.plan_digest != digest(dict(plan.section_digests)):
+        changed = ["plan_digest"]
+    if changed:
+        raise StalePlanError(
+            f"{path}: changed by hand since it was planned: {', '.join(changed)}; "
+            "change the job file instead and run `layline plan` again"
+        )
+    return plan

@@ -1,0 +1,1 @@
+"""Figures, pages and comparisons of predicted and measured. Never imports torch."""
