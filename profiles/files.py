@@ -5,8 +5,7 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import Hashable, Mapping
-from functools import cache
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NoReturn, TypeVar
 
@@ -113,22 +112,15 @@ def read_json(path: Path, what: str) -> Any:
         raise InvalidInputError([f"{path}: not a {what}: {error}"]) from None
 
 
-@cache
-def _adapter(cls: Hashable) -> Any:
-    from pydantic import TypeAdapter  # 30 ms of import: only where a file is read
-
-    return TypeAdapter(cls)
-
-
 def from_plain(cls: type[T], data: Any, where: str, fix: str) -> T:
     """Return `data`, as `plain` made it, as a `cls`; every field is checked, none is coerced.
 
     Raises InvalidInputError with all problems: wrong types, missing and unknown keys.
     """
-    from pydantic import ValidationError
+    from pydantic import TypeAdapter, ValidationError  # 30 ms of import, only for a file
 
     try:
-        value: T = _adapter(cls).validate_json(json.dumps(data), strict=True)
+        value: T = TypeAdapter(cls).validate_json(json.dumps(data), strict=True)
     except ValidationError as error:
         raise InvalidInputError(
             [

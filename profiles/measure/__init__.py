@@ -1,1 +1,1 @@
-"""The profiler: measures kernels, links and host costs here. The only room of `profiles` with torch."""
+"""The profiler of kernels, links and host costs: the only room of `profiles` with torch."""

@@ -16,6 +16,7 @@ from pathlib import Path
 
 import torch
 import torch.distributed as dist
+from torch._C._distributed_c10d import FileStore
 
 STORE_VARIABLE = "LAYLINE_STORE"
 JOIN_TIMEOUT = timedelta(seconds=120)
@@ -88,7 +89,7 @@ def joined(group: str = "world") -> Iterator[torch.device]:
     if torch.cuda.is_available() and torch.cuda.device_count() >= num_ranks:
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
-    store = dist.FileStore(f"{os.environ[STORE_VARIABLE]}-{group}", num_ranks)
+    store = FileStore(f"{os.environ[STORE_VARIABLE]}-{group}", num_ranks)
     dist.init_process_group(
         "gloo" if device.type == "cpu" else "nccl",
         store=store,
