@@ -79,13 +79,18 @@ class Rejection:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class ProfileReference:
-    """Which profile the costs came from; `path` is empty for one that is not in a file."""
+    """Which profile the costs came from, and where it is kept.
+
+    `reference_ns` is the time of the profile's reference kernel; a run repeats that kernel to tell
+    how fast the machine is by then.
+    """
 
     path: str
     digest: str
     device: DeviceFacts
     versions: Mapping[str, str]
     measured_at: str
+    reference_ns: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

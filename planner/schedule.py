@@ -65,12 +65,10 @@ class Schedule:
                 f"{self.num_stages} stages and {self.num_microbatches} micro-batches"
             )
 
-    def home(self, stage: int) -> int:
-        """Return the pipeline rank that holds `stage`."""
-        for rank, actions in enumerate(self.ranks):
-            if any(action.stage == stage for action in actions):
-                return rank
-        raise ValueError(f"schedule {self.name} has no stage {stage}")
+    def homes(self) -> tuple[int, ...]:
+        """Return the pipeline rank of each stage."""
+        homes = {action.stage: rank for rank, row in enumerate(self.ranks) for action in row}
+        return tuple(homes[stage] for stage in range(self.num_stages))
 
     def __str__(self) -> str:
         """Return the text form: one line a rank, actions separated by blanks."""

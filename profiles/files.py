@@ -43,7 +43,12 @@ def digest(value: object) -> str:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write `text` to `path` whole or not at all: a temporary file in the same folder, then a move.
+    """Write `text` to `path` as UTF-8, whole or not at all; raises what `write_bytes` raises."""
+    write_bytes(path, text.encode())
+
+
+def write_bytes(path: Path, data: bytes) -> None:
+    """Write `data` to `path` whole or not at all: a temporary file beside it, then a move.
 
     Raises InvalidInputError when the folder is missing or cannot be written.
     """
@@ -54,8 +59,8 @@ def write_text(path: Path, text: str) -> None:
             [f"{path}: cannot be written ({error.strerror}); name a file in a folder that exists"]
         ) from None
     try:
-        with os.fdopen(handle, "w", encoding="utf-8") as file:
-            file.write(text)
+        with os.fdopen(handle, "wb") as file:
+            file.write(data)
             file.flush()
             os.fsync(file.fileno())
         Path(temporary).chmod(0o644)

@@ -81,6 +81,7 @@ class Profile:
     factors that `layline compare --recalibrate` found, by cost kind; 1.0 where absent.
     """
 
+    schema_version: int
     device: DeviceFacts
     kernels: tuple[KernelSample, ...]
     collectives: tuple[CollectiveSample, ...]

@@ -30,7 +30,7 @@ class Op:
 class TaskGraph:
     """Ops in the order of their ids.
 
-    Raises ValueError for an id out of place, a dependency on no op, or a negative rank.
+    Raises ValueError for an id out of place and for a dependency on no op or on the op itself.
     """
 
     ops: tuple[Op, ...]
@@ -41,6 +41,8 @@ class TaskGraph:
                 raise ValueError(f"op {op.name} has id {op.id}; it stands at place {place}")
             if any(not 0 <= dep < len(self.ops) for dep in op.deps):
                 raise ValueError(f"op {op.name} depends on {op.deps}; there are {len(self.ops)}")
+            if op.id in op.deps:
+                raise ValueError(f"op {op.name} depends on itself")
 
     @cached_property
     def streams(self) -> dict[tuple[int, str], tuple[int, ...]]:

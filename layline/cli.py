@@ -1,0 +1,216 @@
+"""The command line: names, flags and exit codes are a contract (docs/design.md, Commands).
+
+Imports of the packages stand inside the commands, so that `layline --help` needs click alone.
+"""
+
+import json
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, TypeVar
+
+import click
+
+from layline import __version__
+from layline.exits import CleanGroup
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+FILE = click.Path(path_type=Path)
+as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
+overrides = click.option(
+    "--set", "overrides", multiple=True, metavar="PATH=VALUE",
+    help="Override one value of the job file, as in --set cluster.ranks=4.",
+)  # fmt: skip
+
+
+def _out(help_text: str, *, required: bool = True) -> Callable[[F], F]:
+    return click.option("-o", "--output", type=FILE, required=required, help=help_text)
+
+
+@click.group(cls=CleanGroup, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="layline")
+def main() -> None:
+    """Plan, simulate, run and explain distributed LLaMA training.
+
+    \b
+    profile -> plan -> simulate -> run -> compare -> report
+    """
+
+
+@main.command()
+@as_json
+def doctor(as_json: bool) -> None:
+    """Say what this machine is, what it can measure and run, and what is missing."""
+    from layline.doctor import examine, findings_text
+
+    findings = examine()
+    _print(findings, findings_text(findings), as_json)
+
+
+@main.command()
+@click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto")
+@click.option("--ranks", type=click.IntRange(1, 1024), help="Ranks to measure; all by default.")
+@click.option("--quick", is_flag=True, help="A coarse grid, within 60 seconds.")
+@_out("The profile to write.")
+def profile(device: str, ranks: int | None, quick: bool, output: Path) -> None:
+    """Measure kernels, links and host costs here."""
+    from layline.show import progress_bar
+    from layline.walk import measure_profile
+    from profiles.files import canonical_json, write_text
+    from profiles.machine import default_num_ranks
+
+    with progress_bar("profile") as progress:
+        measured = measure_profile(
+            ranks or default_num_ranks(), device, quick=quick, progress=progress
+        )
+    write_text(output, canonical_json(measured))
+    click.echo(
+        f"{len(measured.kernels)} kernels and {len(measured.collectives)} collectives on "
+        f"{measured.device.num_ranks} ranks of {measured.device.name}\nwrote {output}"
+    )
+
+
+@main.command()
+@click.argument("job", type=FILE)
+@_out("The plan to write.", required=False)
+@click.option("--top", type=click.IntRange(1, 1000), default=10, show_default=True,
+              help="Layouts to list.")  # fmt: skip
+@click.option("--seed", type=click.IntRange(0), help="Override the job's seed.")
+@overrides
+@as_json
+def plan(
+    job: Path,
+    output: Path | None,
+    top: int,
+    seed: int | None,
+    overrides: tuple[str, ...],
+    as_json: bool,
+) -> None:
+    """Search the layouts of JOB.toml; print the ranking and why others were rejected."""
+    from layline.show import plan_text, progress_bar
+    from layline.walk import plan_job
+    from planner.plan import save_plan
+
+    seeded = overrides if seed is None else (*overrides, f"seed={seed}")
+    with progress_bar("measuring this machine once") as progress:
+        best, _ = plan_job(job, seeded, progress)
+    if output is not None:
+        save_plan(best, output)
+    _print(best, plan_text(best, top), as_json)
+    if output is not None:
+        click.echo(f"wrote {output}", err=as_json)
+
+
+@main.command()
+@click.argument("plan", type=FILE)
+@click.option("--trace", type=FILE, help="Write a Perfetto trace (FILE.json.gz).")
+@as_json
+def simulate(plan: Path, trace: Path | None, as_json: bool) -> None:
+    """Time one plan: breakdown and memory per stage, and a trace."""
+    from layline.show import simulation_text
+    from layline.walk import load_plan, simulate_plan
+    from profiles.files import write_bytes
+    from simulator.trace import perfetto_trace
+
+    loaded = load_plan(plan)
+    timeline = simulate_plan(loaded)
+    if trace is not None:
+        write_bytes(trace, perfetto_trace([timeline]))
+    _print({"plan_digest": loaded.plan_digest, "step_ns": timeline.makespan_ns,
+            "timeline": timeline}, simulation_text(loaded, timeline), as_json)  # fmt: skip
+    if trace is not None:
+        click.echo(f"wrote {trace}", err=as_json)
+
+
+@main.command()
+@click.argument("plan", type=FILE)
+@click.option("--steps", type=click.IntRange(1), default=20, show_default=True)
+@click.option("--data", type=FILE, help="Text file or folder; the Python sources by default.")
+@_out("A new directory for the run.")
+def run(plan: Path, steps: int, data: Path | None, output: Path) -> None:
+    """Train PLAN.json for real on this machine's ranks and record what it took."""
+    from layline.show import duration, progress_bar
+    from layline.walk import load_plan, load_run, run_series
+
+    loaded = load_plan(plan)
+    predicted = duration(loaded.step.p50_ns)
+    with progress_bar("run") as progress:
+        run_series(
+            [loaded], [output], data=data, num_steps=steps,
+            on_step=lambda _, step: progress(
+                step.step / steps,
+                f"step {step.step} loss {step.loss:.3f} {duration(step.step_ns)} "
+                f"(predicted {predicted})",
+            ),
+        )  # fmt: skip
+    _, record = load_run(output)
+    click.echo(
+        f"{loaded.layout}   {len(record.steps)} steps, loss {record.steps[0].loss:.4f} -> "
+        f"{record.steps[-1].loss:.4f}\nstep {duration(record.median_step_ns)} measured, "
+        f"{predicted} predicted\nwrote {output}"
+    )
+
+
+@main.command()
+@click.argument("directory", type=FILE)
+@click.option("--recalibrate", type=FILE, metavar="PROFILE",
+              help="Write the profile with factors that make this prediction fit.")  # fmt: skip
+@as_json
+def compare(directory: Path, recalibrate: Path | None, as_json: bool) -> None:
+    """Lay the run in DIRECTORY over its prediction, and explain the difference."""
+    from layline.walk import load_run, recalibrated, simulate_plan
+    from profiles.files import canonical_json, write_text
+    from reports.compare import compare as compare_run
+    from reports.compare import format_comparison
+
+    planned, record = load_run(directory)
+    comparison = compare_run(planned, record, simulate_plan(planned))
+    _print(comparison, format_comparison(comparison), as_json)
+    if recalibrate is not None:
+        write_text(recalibrate, canonical_json(recalibrated(directory)))
+        click.echo(f"wrote {recalibrate}", err=as_json)
+
+
+@main.command()
+@click.argument("inputs", type=FILE, nargs=-1, required=True)
+@_out("The HTML file to write.")
+def report(inputs: tuple[Path, ...], output: Path) -> None:
+    """Write one self-contained HTML page on plans and run directories; several are compared."""
+    from profiles.files import write_text
+    from reports.page import build_report
+
+    write_text(output, build_report(inputs))
+    click.echo(f"wrote {output}")
+
+
+@main.command()
+@click.argument("what", type=click.Choice(["executor"]))
+@as_json
+def bench(what: str, as_json: bool) -> None:  # noqa: ARG001  (one choice so far)
+    """Measure the project's own speed beside a yardstick in the same run."""
+    from layline.walk import require_torch
+
+    require_torch("bench")
+    from executor.bench import bench_executor, bench_text
+
+    figures = bench_executor()
+    _print(figures, bench_text(figures), as_json)
+
+
+@main.command()
+@_out("A new directory for everything that the demo makes.", required=False)
+def demo(output: Path | None) -> None:
+    """Walk the whole loop on this machine, small, on real text, ending with the report."""
+    from layline.demo import demonstrate
+
+    demonstrate(output or Path("layline-demo"))
+
+
+def _print(value: object, text: str, as_json: bool) -> None:
+    """Print `value` as canonical JSON, or `text`."""
+    from profiles.files import plain
+
+    if as_json:
+        click.echo(json.dumps(plain(value), sort_keys=True, indent=1, allow_nan=False))
+    else:
+        click.echo(text)

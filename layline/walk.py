@@ -1,0 +1,152 @@
+"""The walk of the project, as functions: plan -> simulate -> run -> compare -> report.
+
+Each step takes and returns values; files are touched where a path is an argument. The command
+line is a thin layer over this module, and a program can call it as well.
+"""
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Literal
+
+from layline import __version__
+from planner.lower import simulate_plan
+from planner.plan import Plan, StalePlanError, load_plan
+from planner.record import StepRecord, load_run
+from planner.search import SearchResult, make_plan, search
+from profiles.errors import InvalidInputError, UnsupportedError
+from profiles.files import canonical_json, digest, write_text
+from profiles.job import Job, read_job
+from profiles.profile import Profile
+from profiles.store import load_profile, stored_profile, stored_profile_path
+
+Device = Literal["auto", "cpu", "cuda"]
+Progress = Callable[[float, str], None]
+"""Told of progress: a share of the work from 0 to 1, and what is going on."""
+
+
+def ignore_progress(_share: float, _what: str) -> None:
+    """Tell nobody."""
+
+
+def measure_profile(
+    num_ranks: int, device: Device = "auto", *, quick: bool, progress: Progress = ignore_progress
+) -> Profile:
+    """Return the measured kernels, links and host costs of `num_ranks` ranks of this machine."""
+    require_torch("profile")
+    from profiles.measure.run import measure
+
+    return measure(num_ranks, device, quick=quick, on_progress=progress)
+
+
+def profile_for(
+    job: Job, job_path: Path, progress: Progress = ignore_progress
+) -> tuple[Profile, Path]:
+    """Return the profile that `job` names, and where it is.
+
+    `auto` is this machine's own: measured quickly and kept the first time, read afterwards.
+    """
+    if job.profile_path:
+        path = job_path.parent / job.profile_path
+        return load_profile(path), path
+    if not job.cluster.is_local:
+        raise UnsupportedError(
+            f"{job_path}: profile is auto, but cluster {job.cluster.name} is not this machine; "
+            "run `layline profile -o FILE` on one of its nodes and set profile to that file"
+        )
+    num_ranks = job.cluster.num_ranks
+    path = stored_profile_path(num_ranks)
+    if (profile := stored_profile(num_ranks)) is None:
+        profile = measure_profile(num_ranks, quick=True, progress=progress)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        write_text(path, canonical_json(profile))
+    return profile, path
+
+
+def plan_job(
+    job_path: Path, overrides: Sequence[str] = (), progress: Progress = ignore_progress
+) -> tuple[Plan, SearchResult]:
+    """Return the best plan for a job file, and everything that the search found."""
+    job = read_job(job_path, overrides)
+    profile, profile_path = profile_for(job, job_path, progress)
+    result = search(job, profile)
+    return make_plan(job, profile, str(profile_path), result, 0, __version__), result
+
+
+def run_series(
+    plans: Sequence[Plan],
+    directories: Sequence[Path],
+    *,
+    data: Path | None = None,
+    num_steps: int = 20,
+    on_step: Callable[[int, StepRecord], None] | None = None,
+) -> None:
+    """Train each plan for real, one after another on the same ranks, and write a run directory.
+
+    Raises StalePlanError for a plan whose profile was measured again since, and UnsupportedError
+    for one that this machine cannot run.
+    """
+    require_torch("run")
+    from executor.run import run_plans
+
+    for plan in plans:
+        _check_fresh(plan)
+    run_plans(
+        plans, directories, data, num_steps, plans[0].profile.reference_ns, on_step
+    )
+
+
+def recalibrated(directory: Path) -> Profile:
+    """Return the plan's profile with the factors that make its prediction fit the run there."""
+    from reports.compare import compare, scales_from
+
+    plan, record = load_run(directory)
+    profile = load_profile(Path(plan.profile.path))
+    if digest(profile) != plan.profile.digest:
+        raise StalePlanError(f"{directory}: {_profile_changed(plan)}")
+    return scales_from(profile, compare(plan, record, simulate_plan(plan)))
+
+
+def require_torch(command: str) -> None:
+    """Raise UnsupportedError where PyTorch is not installed."""
+    from importlib.util import find_spec
+
+    if find_spec("torch") is None:
+        raise UnsupportedError(
+            f"`layline {command}` needs PyTorch; install it with: pip install torch==2.13.0"
+        )
+
+
+def _check_fresh(plan: Plan) -> None:
+    if not plan.cluster.is_local:
+        raise UnsupportedError(
+            f"the plan is for cluster {plan.cluster.name}, not for this machine; "
+            'plan again with cluster.preset = "local" to run here'
+        )
+    path = Path(plan.profile.path)
+    try:
+        is_changed = path.is_file() and digest(load_profile(path)) != plan.profile.digest
+    except InvalidInputError:
+        is_changed = True
+    if is_changed:
+        raise StalePlanError(_profile_changed(plan))
+
+
+def _profile_changed(plan: Plan) -> str:
+    return (
+        f"the profile {plan.profile.path} was changed since the plan was made from it "
+        f"(measured {plan.profile.measured_at}); run `layline plan` again"
+    )
+
+
+__all__ = [
+    "ignore_progress",
+    "load_plan",
+    "load_run",
+    "measure_profile",
+    "plan_job",
+    "profile_for",
+    "recalibrated",
+    "require_torch",
+    "run_series",
+    "simulate_plan",
+]

@@ -1,0 +1,232 @@
+"""Times what the software itself costs beside its kernels, in ns a call, by key of `host_ns`."""
+
+import tempfile
+import time
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from statistics import median
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import init_device_mesh
+from torch.distributed.pipelining import PipelineStage
+from torch.distributed.pipelining.schedules import _PipelineScheduleRuntime
+from torch.distributed.tensor import Replicate
+from torch.distributed.tensor.parallel import (
+    ColwiseParallel,
+    PrepareModuleInput,
+    RowwiseParallel,
+    parallelize_module,
+)
+from torch.nn import functional as F  # noqa: N812
+
+from profiles.measure.links import ping_pong
+from profiles.measure.timing import Call
+
+_WIDTH = 16
+_NUM_MICROBATCHES = 24
+_CHAIN = 50
+_STEP_TENSORS = 50
+
+
+def _median_ns(call: Call, device: torch.device, repeats: int, calls_each: int = 1) -> float:
+    """Return the median time of one call, over `repeats` runs of `calls_each` after a warm-up."""
+    times = []
+    for _ in range(repeats + 3):
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        begin = time.perf_counter_ns()
+        for _ in range(calls_each):
+            call()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        times.append((time.perf_counter_ns() - begin) / calls_each)
+    return median(times[3:])
+
+
+def _forward_backward(module: nn.Module, x: Tensor) -> Call:
+    def call() -> None:
+        module(x).sum().backward()
+
+    return call
+
+
+class _Linears(nn.Module):
+    """Two linears side by side into a third, as in an MLP."""
+
+    def __init__(self, inner: int) -> None:
+        super().__init__()
+        self.gate = nn.Linear(_WIDTH, inner, bias=False)
+        self.up = nn.Linear(_WIDTH, inner, bias=False)
+        self.down = nn.Linear(inner, _WIDTH, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Return [rows, width] for `x` [rows, width]."""
+        down: Tensor = self.down(self.gate(x) + self.up(x))
+        return down
+
+
+def dtensor_linear(device: torch.device, repeats: int) -> float:
+    """What DTensor adds to one linear layer, forward plus backward.
+
+    Two column-parallel layers feed a row-parallel one, as in an MLP. Off go the same layers
+    without DTensor, and the two all-reduces (one forward, one backward); the rest is shared by
+    three layers.
+    """
+    num_ranks = dist.get_world_size()
+    mesh = init_device_mesh(device.type, (num_ranks,))
+    x = torch.randn(_WIDTH, _WIDTH, device=device, requires_grad=True)
+    sharded, plain = _Linears(_WIDTH * num_ranks).to(device), _Linears(_WIDTH).to(device)
+    whole = PrepareModuleInput(input_layouts=(Replicate(),), desired_input_layouts=(Replicate(),))
+    styles = {
+        "": whole,
+        "gate": ColwiseParallel(),
+        "up": ColwiseParallel(),
+        "down": RowwiseParallel(),
+    }
+    parallelize_module(sharded, mesh, styles)
+    with_ns = _median_ns(_forward_backward(sharded, x), device, repeats)
+    without_ns = _median_ns(_forward_backward(plain, x), device, repeats)
+    reduced = torch.zeros(_WIDTH, _WIDTH, device=device)
+    reduce_ns = 0.0
+    if num_ranks > 1:
+        reduce_ns = _median_ns(lambda: dist.all_reduce(reduced), device, repeats)
+    return (with_ns - without_ns - 2 * reduce_ns) / 3
+
+
+def _write_schedule(path: Path, num_stages: int, num_microbatches: int) -> None:
+    """Write 1F1B, one stage a rank, in PyTorch's compute-only CSV."""
+    rows = []
+    for stage in range(num_stages):
+        ahead = min(num_stages - 1 - stage, num_microbatches)
+        row = [f"{stage}F{i}" for i in range(ahead)]
+        for i in range(num_microbatches):
+            if i + ahead < num_microbatches:
+                row.append(f"{stage}F{i + ahead}")
+            row.append(f"{stage}B{i}")
+        rows.append(",".join(row))
+    path.write_text("\n".join(rows) + "\n", encoding="utf-8")
+
+
+def _pipeline_step(
+    device: torch.device, group: dist.ProcessGroup, num_microbatches: int, folder: Path
+) -> Call:
+    stage, num_stages = dist.get_rank(group), dist.get_world_size(group)
+    module = nn.Linear(_WIDTH, _WIDTH, bias=False).to(device)
+    runtime = _PipelineScheduleRuntime(  # type: ignore[no-untyped-call]
+        [PipelineStage(module, stage, num_stages, device, group=group)],
+        num_microbatches,
+        loss_fn=F.mse_loss,
+    )
+    file = folder / f"{num_microbatches}.csv"
+    _write_schedule(file, num_stages, num_microbatches)
+    runtime._load_csv(str(file), format="compute_only")
+    x = torch.randn(num_microbatches, _WIDTH, device=device)
+    arguments = (x,) if stage == 0 else ()
+    target = x if stage == num_stages - 1 else None
+    return lambda: runtime.step(*arguments, target=target)
+
+
+def pipeline_action(device: torch.device, repeats: int) -> float:
+    """What the pipeline runtime spends on one forward or backward action of a rank.
+
+    Two stages (one, if alone) run 1F1B on a tiny layer with few and with many micro-batches; the
+    difference, per action, less the layer's own forward and backward. With two stages a micro-batch
+    also waits for one message on its way (strict 1F1B runs at 2 actions + 1 message a
+    micro-batch), which is a cost of its own and comes off.
+    """
+    group = _pair()
+    if group is None:
+        return 0.0
+    with tempfile.TemporaryDirectory(prefix="layline-host-") as folder:
+        few, many = (
+            _median_ns(_pipeline_step(device, group, count, Path(folder)), device, repeats)
+            for count in (4, 4 + _NUM_MICROBATCHES)
+        )
+    x = torch.randn(1, _WIDTH, device=device, requires_grad=True)
+    own_ns = _median_ns(
+        _forward_backward(nn.Linear(_WIDTH, _WIDTH, bias=False).to(device), x), device, repeats, 10
+    )
+    message_ns = 0.0
+    if dist.get_world_size(group) > 1:
+        there_and_back = ping_pong(torch.zeros(1, _WIDTH, device=device), group)
+        message_ns = _median_ns(there_and_back, device, repeats) / 2
+    return (many - few) / (2 * _NUM_MICROBATCHES) - own_ns / 2 - message_ns / 2
+
+
+def _pair() -> dist.ProcessGroup | None:
+    """Return the pair of ranks this one belongs to, None for a rank left over by an odd count."""
+    num_ranks, own = dist.get_world_size(), None
+    for first in range(0, max(1, num_ranks - 1), 2):
+        members = list(range(first, min(first + 2, num_ranks)))
+        group = dist.new_group(members)
+        if dist.get_rank() in members:
+            own = group
+    return own
+
+
+def optimizer_step(device: torch.device, repeats: int) -> float:
+    """`zero_grad` and a fused AdamW step over 50 tensors so small that only the host counts."""
+    weights = [nn.Parameter(torch.randn(8, device=device)) for _ in range(_STEP_TENSORS)]
+    optimizer = torch.optim.AdamW(weights, fused=True)
+    gradients = [torch.randn_like(weight) for weight in weights]
+
+    def call() -> None:
+        optimizer.zero_grad()
+        for weight, gradient in zip(weights, gradients, strict=True):
+            weight.grad = gradient
+        optimizer.step()
+
+    return _median_ns(call, device, repeats)
+
+
+def autograd_op(device: torch.device, repeats: int) -> float:
+    """What modules and autograd add to one op, forward plus backward, beside its kernels."""
+    chain = nn.Sequential(*(nn.Linear(8, 8, bias=False) for _ in range(_CHAIN))).to(device)
+    x = torch.randn(8, 8, device=device, requires_grad=True)
+    w = torch.randn(8, 8, device=device)
+
+    def kernels() -> None:
+        with torch.no_grad():
+            F.linear(x, w)
+            x @ w
+            x.t() @ x
+
+    per_op_ns = _median_ns(_forward_backward(chain, x), device, repeats) / _CHAIN
+    return per_op_ns - _median_ns(kernels, device, repeats, _CHAIN)
+
+
+HOST_COSTS: Mapping[str, Callable[[torch.device, int], float]] = {
+    "autograd_op": autograd_op,
+    "dtensor_linear": dtensor_linear,
+    "pipeline_action": pipeline_action,
+    "step": optimizer_step,
+}
+
+
+class HostTimer:
+    """Collects the host costs of `keys` pass by pass; every rank has the same keys."""
+
+    def __init__(self, keys: Sequence[str], device: torch.device, quick: bool) -> None:
+        self._found: dict[str, list[float]] = {key: [] for key in keys}
+        self._device, self._repeats = device, 10 if quick else 40
+
+    def run_pass(self, on_point: Callable[[str], None]) -> None:
+        """Time every cost once more; `on_point` is told what comes next."""
+        for key, costs in self._found.items():
+            on_point(key)
+            dist.barrier()
+            costs.append(HOST_COSTS[key](self._device, self._repeats))
+
+    def costs(self) -> dict[str, int]:
+        """Return the costs in ns by key: the median over the passes, of the slowest rank."""
+        if not self._found:
+            return {}
+        medians = [median(costs) for costs in self._found.values()]
+        slowest = torch.tensor(medians, dtype=torch.float64, device=self._device)
+        dist.all_reduce(slowest, dist.ReduceOp.MAX)
+        return {
+            key: max(0, round(cost))
+            for key, cost in zip(self._found, slowest.tolist(), strict=True)
+        }

@@ -1,0 +1,172 @@
+"""The commands as a user meets them: what they print, and what they say of bad input."""
+
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+from click.testing import CliRunner, Result
+
+from layline.cli import main
+from profiles.files import canonical_json
+from tests.machine import made_up_profile
+
+Call = Callable[..., Result]
+
+JOB = """\
+profile = "profile.json"
+
+[model]
+preset = "llama-demo"
+
+[workload]
+seq_len = 32
+global_batch = 8
+
+[cluster]
+preset = "local"
+ranks = 4
+"""
+
+
+@pytest.fixture
+def call(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Call:
+    """A command in a folder that holds a job and a made-up profile of four ranks."""
+    monkeypatch.chdir(tmp_path)
+    Path("job.toml").write_text(JOB)
+    Path("profile.json").write_text(canonical_json(made_up_profile(num_ranks=4)))
+
+    def run(*arguments: str) -> Result:
+        return CliRunner().invoke(main, list(arguments), catch_exceptions=False)
+
+    return run
+
+
+def test_plan_simulate_and_report(call: Call) -> None:
+    planned = call("plan", "job.toml", "-o", "plan.json", "--top", "3")
+    assert planned.exit_code == 0, planned.output
+    assert "best of" in planned.stdout
+    assert "bottleneck: stage" in planned.stdout
+    simulated = call("simulate", "plan.json", "--json", "--trace", "trace.json.gz")
+    assert simulated.exit_code == 0, simulated.output
+    step_ns = json.loads(simulated.stdout)["step_ns"]
+    assert step_ns == json.loads(Path("plan.json").read_text())["step"]["p50_ns"]
+    assert Path("trace.json.gz").stat().st_size > 100
+    reported = call("report", "plan.json", "-o", "report.html")
+    assert reported.exit_code == 0, reported.output
+    assert "llama-demo" in Path("report.html").read_text()
+
+
+def test_the_same_input_gives_the_same_bytes(call: Call) -> None:
+    for name in ("a", "b"):
+        assert call("plan", "job.toml", "-o", f"{name}.json").exit_code == 0
+        call("simulate", f"{name}.json", "--trace", f"{name}.gz")
+        call("report", f"{name}.json", "-o", f"{name}.html")
+    assert Path("a.json").read_bytes() == Path("b.json").read_bytes()
+    assert Path("a.gz").read_bytes() == Path("b.gz").read_bytes()
+    pages = [Path(f"{name}.html").read_text().replace("b.json", "a.json") for name in "ab"]
+    assert pages[0] == pages[1]
+
+
+def edit(path: str, old: str, new: str) -> None:
+    text = Path(path).read_text()
+    assert old in text
+    Path(path).write_text(text.replace(old, new, 1))
+
+
+def test_a_missing_file(call: Call) -> None:
+    for command in (["plan", "no.toml"], ["simulate", "no.json"], ["report", "no", "-o", "r.html"]):
+        result = call(*command)
+        assert result.exit_code == 3
+        assert command[1] in result.stderr
+        assert len(result.stderr.splitlines()) == 1
+    assert not Path("r.html").exists()
+
+
+def test_all_errors_of_a_job_at_once(call: Call) -> None:
+    edit("job.toml", "seq_len = 32", "seq_len = 0")
+    edit("job.toml", "ranks = 4", "ranks = -1")
+    edit("job.toml", '"llama-demo"', '"lama-demo"')
+    result = call("plan", "job.toml", "-o", "plan.json")
+    assert result.exit_code == 3
+    for word in ("seq_len", "ranks", "llama-demo"):
+        assert word in result.stderr
+    assert not Path("plan.json").exists()
+
+
+@pytest.mark.parametrize("value", ["nan", "80", '"80"', '"80 apples"'])
+def test_a_quantity_without_its_unit(call: Call, value: str) -> None:
+    edit("job.toml", "global_batch = 8", f"global_batch = 8\ntokens = {value}")
+    result = call("plan", "job.toml")
+    assert result.exit_code == 3
+    assert "workload.tokens" in result.stderr
+    assert "tokens" in result.stderr
+
+
+def test_tp_that_does_not_divide_is_infeasible_by_name(call: Call) -> None:
+    edit("job.toml", "ranks = 4", "ranks = 3\n[search]\ntp = [3]")
+    result = call("plan", "job.toml", "-o", "plan.json")
+    assert result.exit_code == 4
+    assert "tp is 3, but the model has 4 kv heads; tp must divide them (1, 2, 4)" in result.stderr
+    assert not Path("plan.json").exists()
+
+
+def test_more_ranks_than_were_measured(call: Call) -> None:
+    result = call("plan", "job.toml", "--set", "cluster.ranks=8")
+    assert result.exit_code == 5
+    assert "measured 4 ranks" in result.stderr
+
+
+def test_an_unknown_override_is_an_error(call: Call) -> None:
+    result = call("plan", "job.toml", "--set", "cluster.rnaks=8")
+    assert result.exit_code == 3
+    assert "rnaks" in result.stderr
+
+
+def test_a_plan_edited_by_hand_names_the_section(call: Call) -> None:
+    call("plan", "job.toml", "-o", "plan.json")
+    edit("plan.json", '"learning_rate": 0.0003', '"learning_rate": 0.0004')
+    for command in (["simulate", "plan.json"], ["run", "plan.json", "-o", "out"]):
+        result = call(*command)
+        assert result.exit_code == 7
+        assert "changed by hand since it was planned: workload" in result.stderr
+    assert not Path("out").exists()
+
+
+def test_a_plan_whose_profile_changed_is_stale(call: Call) -> None:
+    call("plan", "job.toml", "-o", "plan.json")
+    edit("profile.json", '"context_bytes": 1000', '"context_bytes": 2000')
+    result = call("run", "plan.json", "-o", "out")
+    assert result.exit_code == 7
+    assert "profile.json was changed since the plan was made" in result.stderr
+    assert not Path("out").exists()
+
+
+def test_a_config_that_is_not_llama_like(call: Call) -> None:
+    config = {"model_type": "gpt2", "n_layer": 12, "n_embd": 768, "n_head": 12}
+    Path("config.json").write_text(json.dumps(config))
+    edit("job.toml", 'preset = "llama-demo"', 'hf_config = "config.json"')
+    result = call("plan", "job.toml", "-o", "plan.json")
+    assert result.exit_code in (3, 5)
+    assert "gpt2" in result.stderr
+    assert not Path("plan.json").exists()
+
+
+def test_usage_errors_are_two(call: Call) -> None:
+    assert call("plan").exit_code == 2
+    assert call("plan", "job.toml", "--frobnicate").exit_code == 2
+    assert call("sail").exit_code == 2
+
+
+def test_compare_of_no_run(call: Call) -> None:
+    os.mkdir("out")
+    result = call("compare", "out")
+    assert result.exit_code == 3
+    assert "`layline run -o`" in result.stderr
+
+
+def test_doctor_says_what_works(call: Call) -> None:
+    findings = json.loads(call("doctor", "--json").stdout)
+    assert findings["can"]["plan"]
+    assert findings["num_ranks"] >= 2
