@@ -6,12 +6,15 @@ Imports of the packages stand inside the commands, so that `layline --help` need
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
 
 from layline import __version__
 from layline.exits import CleanGroup
+
+if TYPE_CHECKING:
+    from layline.walk import Device
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -52,16 +55,16 @@ def doctor(as_json: bool) -> None:
 @click.option("--ranks", type=click.IntRange(1, 1024), help="Ranks to measure; all by default.")
 @click.option("--quick", is_flag=True, help="A coarse grid, within 60 seconds.")
 @_out("The profile to write.")
-def profile(device: str, ranks: int | None, quick: bool, output: Path) -> None:
+def profile(device: "Device", ranks: int | None, quick: bool, output: Path) -> None:
     """Measure kernels, links and host costs here."""
     from layline.show import progress_bar
     from layline.walk import measure_profile
     from profiles.files import canonical_json, write_text
-    from profiles.machine import default_num_ranks
+    from profiles.machine import default_ranks
 
     with progress_bar("profile") as progress:
         measured = measure_profile(
-            ranks or default_num_ranks(), device, quick=quick, progress=progress
+            ranks or default_ranks()[0], device, quick=quick, progress=progress
         )
     write_text(output, canonical_json(measured))
     click.echo(

@@ -14,7 +14,7 @@ from planner.search import best_of_each_kind, make_plan, search
 from profiles.errors import InvalidInputError
 from profiles.files import canonical_json, write_text
 from profiles.job import read_job
-from profiles.machine import default_num_ranks
+from profiles.machine import default_ranks
 
 NUM_STEPS = 20
 MAX_RUNS = 6
@@ -41,15 +41,15 @@ def demonstrate(directory: Path) -> None:
 
 def _plan(directory: Path) -> list[Plan]:
     """Measure this machine, search, and return the best plan of each kind, best first."""
-    num_ranks = default_num_ranks()
+    num_ranks, device = default_ranks()
     click.echo(f"1. profile: kernels and links of {num_ranks} ranks, measured here")
     with progress_bar("profile") as progress:
-        profile = measure_profile(num_ranks, quick=True, progress=progress)
+        profile = measure_profile(num_ranks, device, quick=True, progress=progress)
     profile_path = directory.resolve() / "profile.json"
     write_text(profile_path, canonical_json(profile))
     job_path = directory / "job.toml"
     write_text(job_path, (files("profiles") / "data" / "demo.toml").read_text(encoding="utf-8"))
-    job = read_job(job_path, [f"cluster.ranks={num_ranks}"])
+    job = read_job(job_path, [f"cluster.ranks={num_ranks}", f"cluster.device={device}"])
     result = search(job, profile)
     places = best_of_each_kind(result)[:MAX_RUNS]
     plans = [

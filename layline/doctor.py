@@ -5,7 +5,7 @@ from typing import Any
 
 from layline.show import size
 from profiles.files import plain
-from profiles.machine import default_num_ranks, machine_facts
+from profiles.machine import default_ranks, machine_facts
 from profiles.store import stored_profile, stored_profile_path
 
 
@@ -13,8 +13,8 @@ def examine() -> dict[str, Any]:
     """Return the findings: the machine, the packages, what works, and what is missing and how."""
     facts = machine_facts()
     packages = {name: _version(name) for name in ("torch", "numpy", "matplotlib", "simpy")}
-    num_ranks = default_num_ranks()
-    has_torch, has_profile = bool(packages["torch"]), stored_profile(num_ranks) is not None
+    num_ranks, device = default_ranks()
+    has_torch, has_profile = bool(packages["torch"]), stored_profile(num_ranks, device) is not None
     missing = []
     if not has_torch:
         missing.append("PyTorch, for profile, run, bench and demo: pip install torch==2.13.0")
@@ -28,7 +28,8 @@ def examine() -> dict[str, Any]:
         "machine": plain(facts),
         "packages": packages,
         "num_ranks": num_ranks,
-        "profile": str(stored_profile_path(num_ranks)) if has_profile else "",
+        "device": device,
+        "profile": str(stored_profile_path(num_ranks, device)) if has_profile else "",
         "can": {
             "plan": True,
             "simulate": True,
@@ -50,7 +51,7 @@ def findings_text(findings: dict[str, Any]) -> str:
         f"  Python {machine['python_version']} on {machine['system']}",
     ]
     lines += [f"  {name}: {found or 'missing'}" for name, found in findings["packages"].items()]
-    lines.append(f"  ranks by default: {findings['num_ranks']}")
+    lines.append(f"  ranks by default: {findings['num_ranks']} on {findings['device']}")
     lines.append(f"  profile: {findings['profile'] or 'none yet'}")
     works = [name for name, can in findings["can"].items() if can]
     lines.append(f"works here: {', '.join(works)}")

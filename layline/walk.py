@@ -48,15 +48,16 @@ def profile_for(
     if job.profile_path:
         path = job_path.parent / job.profile_path
         return load_profile(path), path
-    if not job.cluster.is_local:
+    if not job.cluster.local_device:
         raise UnsupportedError(
             f"{job_path}: profile is auto, but cluster {job.cluster.name} is not this machine; "
             "run `layline profile -o FILE` on one of its nodes and set profile to that file"
         )
     num_ranks = job.cluster.num_ranks
-    path = stored_profile_path(num_ranks)
-    if (profile := stored_profile(num_ranks)) is None:
-        profile = measure_profile(num_ranks, quick=True, progress=progress)
+    device = job.cluster.local_device
+    path = stored_profile_path(num_ranks, device)
+    if (profile := stored_profile(num_ranks, device)) is None:
+        profile = measure_profile(num_ranks, device, quick=True, progress=progress)
         path.parent.mkdir(parents=True, exist_ok=True)
         write_text(path, canonical_json(profile))
     return profile, path
@@ -90,9 +91,7 @@ def run_series(
 
     for plan in plans:
         _check_fresh(plan)
-    run_plans(
-        plans, directories, data, num_steps, plans[0].profile.reference_ns, on_step
-    )
+    run_plans(plans, directories, data, num_steps, plans[0].profile.reference_ns, on_step)
 
 
 def recalibrated(directory: Path) -> Profile:

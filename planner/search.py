@@ -118,6 +118,12 @@ def _check_supported(job: Job, profile: Profile) -> None:
             f"{job.model.positions} positions; the cost model covers LLaMA-like decoders "
             "(rmsnorm, swiglu, rope, no biases)"
         )
+    wanted = job.cluster.local_device
+    if wanted and profile.device.kind != wanted:
+        raise UnsupportedError(
+            f"the profile measured {profile.device.kind}, the job asks for {wanted}; measure it "
+            f"with `layline profile --device {wanted}`, or set cluster.device"
+        )
     if profile.device.num_ranks < job.cluster.num_ranks:
         raise UnsupportedError(
             f"the profile measured {profile.device.num_ranks} ranks of {profile.device.name}, the "

@@ -1,7 +1,8 @@
 """`ClusterSpec`: pools of nodes, their GPUs and links, and the fabric that joins them."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass
+from typing import Literal
 
 import networkx as nx
 
@@ -53,18 +54,25 @@ class ClusterSpec:
     """Pools of nodes joined by one fabric; `inter_node` is the rate of one GPU's NIC share.
 
     Ranks are counted pool by pool, node by node. A cluster of one node has no `inter_node`.
+    `local_device` is empty unless the cluster is this very machine: then it says what its ranks
+    compute on.
     """
 
     name: str
     pools: tuple[PoolSpec, ...]
     inter_node: LinkSpec | None = None
-    is_local: bool = field(default=False)
+    local_device: Literal["", "cpu", "cuda"] = ""
 
     def __post_init__(self) -> None:
         if not self.pools:
             raise ValueError("cluster.pools is empty; it must name at least one pool")
         if self.inter_node is None and sum(pool.num_nodes for pool in self.pools) > 1:
             raise ValueError("cluster.fabric is missing; several nodes need one")
+
+    @property
+    def is_local(self) -> bool:
+        """Whether the cluster is this machine."""
+        return self.local_device != ""
 
     @property
     def num_ranks(self) -> int:

@@ -148,7 +148,7 @@ def local_cluster(num_ranks: int, device_kind: Literal["cpu", "cuda"] = "cpu") -
         bytes_per_s=0.0, latency_ns=0, source=f"{SOURCE}: not measured", date=today,
     )  # fmt: skip
     pool = PoolSpec(gpu=gpu, gpus_per_node=num_ranks, num_nodes=1, intra_node=link)
-    return ClusterSpec(name="local", pools=(pool,), is_local=True)
+    return ClusterSpec(name="local", pools=(pool,), local_device=device_kind)
 
 
 def _too_few(num_ranks: int) -> InvalidInputError:
@@ -206,6 +206,11 @@ def _known_gpu(name: str) -> GpuSpec | None:
     return None
 
 
-def default_num_ranks() -> int:
-    """Return how many ranks this machine is used with unless told: its GPUs, else cores, 2 to 4."""
-    return len(read_gpus()) or min(max(2, num_usable_cores()), 4)
+def default_ranks() -> tuple[int, Literal["cpu", "cuda"]]:
+    """Return how many ranks this machine is used with unless told, and what they compute on.
+
+    All GPUs where there are some, else one rank a core, but two at least and four at most.
+    """
+    if gpus := read_gpus():
+        return len(gpus), "cuda"
+    return min(max(2, num_usable_cores()), 4), "cpu"

@@ -27,15 +27,15 @@ def load_profile(path: Path) -> Profile:
     return profile
 
 
-def stored_profile_path(num_ranks: int) -> Path:
+def stored_profile_path(num_ranks: int, device_kind: str) -> Path:
     """Return where the profile of `num_ranks` ranks of this machine is kept."""
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
-    return cache / "layline" / f"profile-{num_ranks}-ranks.json"
+    return cache / "layline" / f"profile-{num_ranks}-{device_kind}-ranks.json"
 
 
-def stored_profile(num_ranks: int) -> Profile | None:
+def stored_profile(num_ranks: int, device_kind: str) -> Profile | None:
     """Return the kept profile, or None if there is none that holds for what is installed now."""
-    path = stored_profile_path(num_ranks)
+    path = stored_profile_path(num_ranks, device_kind)
     try:
         profile = load_profile(path)
         is_current = profile.versions["torch"].split("+")[0] == version("torch").split("+")[0]

@@ -22,7 +22,7 @@ def deadlock(graph: TaskGraph, starts_ns: Sequence[int]) -> DeadlockError:
         for key, ids in graph.streams.items()
         if any(starts_ns[op_id] < 0 for op_id in ids)
     }
-    waits = nx.DiGraph()
+    waits: nx.DiGraph[int] = nx.DiGraph()
     for head in sorted(heads.values()):
         for blocker in _blockers(graph, head, starts_ns):
             other = heads[graph.ops[blocker].rank, graph.ops[blocker].stream]

@@ -12,10 +12,8 @@ Shape = tuple[int, ...]
 _LINEAR = ("linear_forward", "linear_dgrad", "linear_wgrad")
 _ATTENTION = ("attention_forward", "attention_backward")
 _NORM = ("norm_forward", "norm_backward")
-_ELEMENTWISE = (
-    "rope_forward", "rope_backward", "swiglu_forward", "swiglu_backward", "add_forward",
-    "add_backward",
-)  # fmt: skip
+_ELEMENTWISE = ("rope_forward", "rope_backward", "swiglu_forward", "swiglu_backward")
+_ADD = ("add_forward", "add_backward")
 _EMBEDDING = ("embedding_forward", "embedding_backward")
 _CROSS_ENTROPY = ("cross_entropy_forward", "cross_entropy_backward")
 _FAMILIES = {
@@ -23,21 +21,29 @@ _FAMILIES = {
     "attention": _ATTENTION,
     "norm": _NORM,
     "elementwise": _ELEMENTWISE,
+    "add": _ADD,
     "embedding": _EMBEDDING,
     "cross_entropy": _CROSS_ENTROPY,
     "adamw": ("adamw",),
 }
 
+
+def _doublings(first: int, last: int) -> Shape:
+    """Return 2^first, ..., 2^last: sweeps of one axis are cheap, and caches make them bend."""
+    return tuple(1 << exponent for exponent in range(first, last + 1))
+
+
 # One row of axes per family of ops; the reference kernel of `profiles.lookup` is in each.
 _AXES: dict[tuple[str, bool], dict[str, tuple[tuple[int, ...], ...]]] = {
     ("cpu", True): {
         "linear": ((128, 512, 2048), (128, 256, 512, 1024), (128, 256, 512, 1024)),
-        "attention": ((1, 4), (2, 8), (64, 256, 512), (32, 64)),
-        "norm": ((128, 512, 2048), (128, 256, 1024)),
-        "elementwise": (tuple(4**i for i in range(6, 12)),),
-        "embedding": ((256, 2048), (128, 512), (256, 8192)),
-        "cross_entropy": ((128, 512, 2048), (128, 512, 4096)),
-        "adamw": (tuple(1 << i for i in (12, 14, 16, 18, 20, 22, 23)),),
+        "attention": ((1, 8), (2, 8), (64, 128, 256, 512), (32, 64)),
+        "norm": ((128, 256, 512, 1024, 2048), (128, 256, 512, 1024)),
+        "elementwise": (_doublings(12, 21),),
+        "add": (_doublings(12, 23),),
+        "embedding": ((256, 1024, 2048), (128, 256, 512), (256, 8192)),
+        "cross_entropy": ((128, 512, 2048), (128, 256, 512, 4096)),
+        "adamw": (_doublings(12, 23),),
     },
     ("cpu", False): {
         "linear": (
@@ -45,21 +51,23 @@ _AXES: dict[tuple[str, bool], dict[str, tuple[tuple[int, ...], ...]]] = {
             (64, 128, 256, 384, 512, 768, 1024, 2048),
             (64, 128, 256, 384, 512, 768, 1024, 2048),
         ),
-        "attention": ((1, 4), (2, 8), (64, 128, 256, 512, 1024), (32, 64, 128)),
+        "attention": ((1, 8), (2, 8), (64, 128, 256, 384, 512, 1024), (32, 64, 128)),
         "norm": ((64, 256, 1024, 2048, 4096), (64, 128, 256, 512, 1024, 2048)),
-        "elementwise": (tuple(1 << i for i in range(12, 24)),),
+        "elementwise": (_doublings(12, 23),),
+        "add": (_doublings(12, 25),),
         "embedding": ((64, 256, 1024, 4096), (64, 256, 1024), (256, 4096, 32768)),
         "cross_entropy": ((64, 256, 1024, 2048), (128, 256, 512, 2048, 8192, 32768)),
-        "adamw": (tuple(1 << i for i in range(12, 26)),),
+        "adamw": (_doublings(12, 25),),
     },
     ("cuda", True): {
         "linear": ((512, 4096, 16384), (1024, 4096, 16384), (1024, 4096, 16384)),
         "attention": ((1, 4), (8, 32), (1024, 4096), (64, 128)),
         "norm": ((512, 4096, 16384), (1024, 4096, 16384)),
-        "elementwise": (tuple(4**i for i in range(8, 15)),),
+        "elementwise": (_doublings(14, 28),),
+        "add": (_doublings(14, 28),),
         "embedding": ((512, 4096, 16384), (1024, 4096), (32768, 131072)),
         "cross_entropy": ((512, 4096, 16384), (8192, 32768, 131072)),
-        "adamw": (tuple(4**i for i in range(8, 15)),),
+        "adamw": (_doublings(14, 28),),
     },
     ("cuda", False): {
         "linear": (
@@ -69,10 +77,11 @@ _AXES: dict[tuple[str, bool], dict[str, tuple[tuple[int, ...], ...]]] = {
         ),
         "attention": ((1, 4), (2, 8, 32), (512, 1024, 2048, 4096, 8192), (64, 128)),
         "norm": ((64, 256, 1024, 4096, 16384), (512, 1024, 2048, 4096, 8192, 16384)),
-        "elementwise": (tuple(1 << i for i in range(12, 30)),),
+        "elementwise": (_doublings(12, 29),),
+        "add": (_doublings(12, 29),),
         "embedding": ((64, 1024, 16384), (512, 2048, 8192), (8192, 32768, 131072)),
         "cross_entropy": ((64, 256, 1024, 4096, 16384), (8192, 32768, 65536, 131072)),
-        "adamw": (tuple(1 << i for i in range(12, 30)),),
+        "adamw": (_doublings(12, 29),),
     },
 }
 

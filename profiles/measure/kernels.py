@@ -52,7 +52,8 @@ class Arena:
         """Return a tensor of `shape` with random values and memory of its own."""
         size = math.prod(shape)
         values = torch.empty(size, device=self.device, dtype=self.dtype)
-        for part in values.split(len(self._block)):
+        for begin in range(0, size, len(self._block)):
+            part = values[begin : begin + len(self._block)]
             part.copy_(self._block[: len(part)])
         self.taken_bytes += size * self.dtype.itemsize
         return values.view(shape)
