@@ -74,9 +74,15 @@ class DeviceFacts:
 class Profile:
     """Measured kernels, collectives and host costs of one machine.
 
-    `host_ns` holds costs of the software itself, in ns a call: `pipeline_action` (one action of
-    the pipeline runtime, message included), `dtensor_linear` (what DTensor adds to one linear
-    layer's forward plus backward) and `step` (what an optimizer step costs beside its kernels).
+    `host_ns` holds costs of the software itself, in ns a call:
+
+    autograd_op       what a module and autograd add to one op, forward plus backward
+    dtensor_linear    what DTensor adds to one tensor-parallel linear, forward plus backward,
+                      without the all-reduces themselves
+    pipeline_action   what the pipeline runtime adds to one forward or backward of a rank; it posts
+                      and awaits the messages, but their time on the way (`send_recv`) is not in it
+    step              `zero_grad` and one fused AdamW step over 50 tensors, without their kernels
+
     `context_bytes` is the resident memory of a rank that has done nothing yet. `scales` holds the
     factors that `layline compare --recalibrate` found, by cost kind; 1.0 where absent.
     """

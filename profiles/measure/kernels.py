@@ -5,6 +5,7 @@ truth.
 """
 
 import math
+import random
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -23,6 +24,10 @@ TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 # Input sets are rotated until together they exceed this; L1 and L2 then hold none of them.
 _ROTATION_BYTES = {"cpu": 8 << 20, "cuda": 128 << 20}
 _MAX_SETS = 6
+
+# Elements between two tensors of an arena: without a gap, tensors whose sizes are powers of two
+# would share the low bits of their addresses and push each other out of the caches.
+_STAGGER = 320
 _ARENA_ELEMENTS = {"cpu": 1 << 24, "cuda": 1 << 28}
 
 
@@ -44,7 +49,7 @@ class Arena:
         if self._offset + size > len(self._block):
             self._offset = 0
         view = self._block[self._offset : self._offset + size].view(shape)
-        self._offset += -(-size // 64) * 64
+        self._offset += -(-size // 64) * 64 + _STAGGER
         self.taken_bytes += size * self.dtype.itemsize
         return view
 
@@ -244,12 +249,19 @@ class KernelTimer:
     def __init__(self, points: Sequence[KernelPoint], device: torch.device, budget: Budget) -> None:
         self._times: dict[KernelPoint, list[int]] = {point: [] for point in points}
         self._device, self._budget = device, budget
+        self._chance = random.Random(0)
 
     def run_pass(self, on_point: Callable[[str], None]) -> None:
-        """Time every point once more; `on_point` is told what comes next."""
-        for dtype in sorted({point.dtype for point in self._times}):
+        """Time every point once more; `on_point` is told what comes next.
+
+        The order is shuffled, the same on all ranks: a disturbance then hits some points of all
+        ops, and not one op at all its shapes.
+        """
+        order = list(self._times)
+        self._chance.shuffle(order)
+        for dtype in sorted({point.dtype for point in order}):
             arena = Arena(self._device, TORCH_DTYPES[dtype])
-            for point in self._times:
+            for point in order:
                 if point.dtype == dtype:
                     on_point(point.op)
                     dist.barrier()

@@ -11,7 +11,7 @@ import torch
 Call = Callable[[], object]
 
 # In clock cycles; long enough for the host to enqueue a batch of samples.
-_CUDA_HEAD_START_CYCLES = 2_000_000
+_CUDA_HEAD_START_CYCLES = 4_000_000
 _CUDA_BATCH = 10
 
 
@@ -89,7 +89,7 @@ def cuda_events(count: int) -> list[torch.cuda.Event]:
 
 
 def cuda_head_start() -> None:
-    """Keep the device busy for about a millisecond, while the host enqueues what is timed."""
+    """Keep the device busy for about two milliseconds, while the host enqueues what is timed."""
     torch.cuda._sleep(_CUDA_HEAD_START_CYCLES)  # type: ignore[no-untyped-call]
 
 

@@ -1,0 +1,125 @@
+"""What one rank did and when: marks on the host's clock or the GPU's stream, step by step."""
+
+import time
+from dataclasses import dataclass
+from typing import cast, get_args
+
+import torch
+
+from simulator.timeline import Kind, Span
+
+KINDS: tuple[Kind, ...] = get_args(Kind)
+_LETTERS: dict[Kind, str] = {"forward": "F", "backward": "B"}
+
+Mark = int | torch.cuda.Event
+"""A moment: nanoseconds of the host's monotonic clock, or an event on the current CUDA stream."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Piece:
+    """One piece of work; times in ns from the start of the step; -1 where there is no stage."""
+
+    kind: Kind
+    stage: int
+    microbatch: int
+    start_ns: int
+    end_ns: int
+
+    def span(self, rank: int, offset_ns: int) -> Span:
+        """Return the piece as a span of `rank`, moved by `offset_ns`."""
+        letter = _LETTERS.get(self.kind)
+        name = f"{self.stage}{letter}{self.microbatch}" if letter else self.kind
+        return Span(
+            rank=rank,
+            stream="compute",
+            name=name,
+            kind=self.kind,
+            start_ns=self.start_ns + offset_ns,
+            end_ns=self.end_ns + offset_ns,
+        )
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class StepTrace:
+    """The pieces of one step; `start_ns` is on the clock that all ranks of one host share."""
+
+    start_ns: int
+    step_ns: int
+    pieces: tuple[Piece, ...]
+
+    def kind_ns(self) -> dict[Kind, int]:
+        """Return the time by kind of span; every kind is there."""
+        total = dict.fromkeys(KINDS, 0)
+        for piece in self.pieces:
+            total[piece.kind] += piece.end_ns - piece.start_ns
+        return total
+
+
+class Recorder:
+    """Collects marks; `begin` starts a step, `end` closes it, `trace` gives its times.
+
+    On CUDA the marks are events, which cost a host about a microsecond and no synchronisation;
+    `trace` waits for the last of them and is therefore called one step late.
+    """
+
+    def __init__(self, device: torch.device) -> None:
+        self._is_cuda = device.type == "cuda"
+        self._start: Mark = 0
+        self._host_ns = 0
+        self._pieces: list[tuple[Kind, int, int, Mark, Mark]] = []
+        self._done: tuple[int, Mark, Mark, list[tuple[Kind, int, int, Mark, Mark]]] | None = None
+
+    def mark(self) -> Mark:
+        """Return this moment."""
+        if not self._is_cuda:
+            return time.perf_counter_ns()
+        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
+        event.record()
+        return event
+
+    def add(self, kind: Kind, start: Mark, stage: int = -1, microbatch: int = -1) -> None:
+        """Note a piece of work that began at `start` and has ended now."""
+        self._pieces.append((kind, stage, microbatch, start, self.mark()))
+
+    def extend(self) -> None:
+        """Let the last piece end now."""
+        kind, stage, microbatch, start, _ = self._pieces[-1]
+        self._pieces[-1] = (kind, stage, microbatch, start, self.mark())
+
+    def begin(self) -> None:
+        """Start the clock of a step that follows on nothing: the first, or one after a barrier."""
+        self._start, self._host_ns = self.mark(), time.perf_counter_ns()
+
+    def end(self) -> None:
+        """End the step; the next one starts at the same moment."""
+        end = self.mark()
+        self._done = (self._host_ns, self._start, end, self._pieces)
+        self._start, self._host_ns, self._pieces = end, time.perf_counter_ns(), []
+
+    def trace(self) -> StepTrace:
+        """Return the times of the last step that has ended."""
+        assert self._done is not None
+        host_ns, start, end, pieces = self._done
+        if isinstance(end, torch.cuda.Event):
+            end.synchronize()
+        return StepTrace(
+            start_ns=host_ns,
+            step_ns=_between_ns(start, end),
+            pieces=tuple(
+                Piece(
+                    kind=kind,
+                    stage=stage,
+                    microbatch=microbatch,
+                    start_ns=_between_ns(start, first),
+                    end_ns=_between_ns(start, last),
+                )
+                for kind, stage, microbatch, first, last in pieces
+            ),
+        )
+
+
+def _between_ns(start: Mark, end: Mark) -> int:
+    if isinstance(start, int):
+        return cast(int, end) - start
+    milliseconds: float = start.elapsed_time(cast(torch.cuda.Event, end))
+    return round(1e6 * milliseconds)

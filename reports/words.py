@@ -1,0 +1,68 @@
+"""Numbers in words: the few formats that the terminal and the page share."""
+
+from profiles.quantity import format_quantity
+
+KIND_NAMES = {
+    "forward": "forward",
+    "backward": "backward",
+    "send": "send",
+    "all_reduce": "all-reduce",
+    "optimizer": "optimizer",
+    "data": "data",
+    "other": "other",
+    "idle": "idle",
+}
+"""What a time is spent on, in the order of every table and legend; `idle` is no span kind."""
+
+
+def duration(time_ns: float) -> str:
+    """Return a time in ns with its unit, `412 ms`."""
+    return format_quantity(time_ns, "ns")
+
+
+def size(size_bytes: float) -> str:
+    """Return a size in bytes with its unit, `71.3 GiB`."""
+    return format_quantity(size_bytes, "bytes")
+
+
+def signed_duration(time_ns: int) -> str:
+    """Return a difference of times in ns with its sign; an exact zero has none.
+
+    >>> signed_duration(0)
+    '0'
+    """
+    if time_ns == 0:
+        return "0"
+    return f"{'+' if time_ns > 0 else '-'}{duration(abs(time_ns))}"
+
+
+def change(measured: float, predicted: float) -> str:
+    """Return how far `measured` lies from `predicted`, in percent; as a factor from 10 x on.
+
+    >>> change(105, 100), change(100, 100), change(1, 0), change(2500, 100)
+    ('+5.0 %', '0.0 %', '-', '25 x')
+    """
+    if predicted <= 0:
+        return "-"
+    if (ratio := measured / predicted) >= 10:
+        return f"{ratio:,.0f} x" if ratio < 10_000 else "> 10,000 x"
+    percent = round(100 * (measured - predicted) / predicted, 1)
+    return f"{percent:+.1f} %" if percent else "0.0 %"
+
+
+def count(number: float) -> str:
+    """Return a whole number in groups of three.
+
+    >>> count(1234567)
+    '1,234,567'
+    """
+    return f"{round(number):,}"
+
+
+def joined(words: list[str]) -> str:
+    """Return words as a list in a sentence.
+
+    >>> joined(["a"]), joined(["a", "b", "c"])
+    ('a', 'a, b and c')
+    """
+    return " and ".join(filter(None, [", ".join(words[:-1]), *words[-1:]]))
