@@ -16,7 +16,7 @@ from profiles.files import canonical_json, write_text
 from profiles.job import read_job
 from profiles.machine import default_ranks
 
-NUM_STEPS = 20
+NUM_STEPS = 25
 MAX_RUNS = 6
 
 

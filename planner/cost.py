@@ -3,12 +3,11 @@
 Equations and sources: docs/models.md.
 """
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 
 from planner.kernels import (
-    LINEARS_IN_HEAD,
     LINEARS_PER_LAYER,
-    MODULE_OPS_PER_LAYER,
     Kernel,
     StageShape,
     first_stage,
@@ -19,9 +18,10 @@ from planner.kernels import (
 )
 from planner.layout import Layout
 from planner.plan import StageCost
+from planner.witness import Witness, expected, read_witness
 from profiles.lookup import CostTable
 from profiles.model import ModelSpec
-from profiles.profile import Cost
+from profiles.profile import Cost, Profile
 from profiles.stack import StackSpec
 from profiles.workload import DTYPE_BYTES, Workload
 
@@ -43,12 +43,12 @@ def total(costs: Iterable[Cost]) -> Cost:
     )
 
 
-def times(cost: Cost, count: int) -> Cost:
+def times(cost: Cost, count: float) -> Cost:
     """Return the cost of `count` calls."""
     return Cost(
-        p10_ns=cost.p10_ns * count,
-        p50_ns=cost.p50_ns * count,
-        p90_ns=cost.p90_ns * count,
+        p10_ns=round(cost.p10_ns * count),
+        p50_ns=round(cost.p50_ns * count),
+        p90_ns=round(cost.p90_ns * count),
         is_extrapolated=cost.is_extrapolated and count > 0,
     )
 
@@ -58,120 +58,141 @@ def certain(duration_ns: int) -> Cost:
     return Cost(p10_ns=duration_ns, p50_ns=duration_ns, p90_ns=duration_ns)
 
 
-def stage_costs(
-    model: ModelSpec, workload: Workload, layout: Layout, stack: StackSpec, table: CostTable
-) -> tuple[StageCost, ...]:
-    """Return the costs of every stage of `layout`, from the measurements behind `table`.
+@dataclass(frozen=True, kw_only=True)
+class CostModel:
+    """The costs of one model and workload under a software stack, from one profile's table.
 
-    Raises UnsupportedError for a kernel or collective that nobody has measured.
+    Raises UnsupportedError where a kernel or a collective is needed that nobody has measured.
     """
-    shape = StageShape(
-        model=model, tp=layout.tp, micro_batch=layout.micro_batch, seq_len=workload.seq_len
-    )
-    stages = range(layout.pp)
-    return tuple(_stage_cost(shape, workload, layout, stack, table, stage) for stage in stages)
+
+    model: ModelSpec
+    workload: Workload
+    stack: StackSpec
+    table: CostTable
+    witness: Witness
+
+    def shape(self, layout_tp: int, micro_batch: int) -> StageShape:
+        """Return the local shapes of one rank."""
+        return StageShape(
+            model=self.model, tp=layout_tp, micro_batch=micro_batch, seq_len=self.workload.seq_len
+        )
+
+    def stages(self, layout: Layout) -> tuple[StageCost, ...]:
+        """Return the costs of every stage of `layout`."""
+        shape = self.shape(layout.tp, layout.micro_batch)
+        return tuple(self._stage(shape, layout, stage) for stage in range(layout.pp))
+
+    def layer(self, shape: StageShape) -> tuple[Cost, Cost]:
+        """Return one layer of one micro-batch, forward and backward, without its messages.
+
+        The sum of its kernels, times what a real layer takes over such a sum; with tp > 1 also
+        what DTensor adds to each linear, a third of it in the forward.
+        """
+        host_ns = LINEARS_PER_LAYER * self.table.host("dtensor_linear") if shape.tp > 1 else 0
+        forward = times(self._sum(layer_forward(shape)), self.witness.forward)
+        backward = times(self._sum(layer_backward(shape)), self.witness.backward)
+        return (
+            total((forward, certain(host_ns // 3))),
+            total((backward, certain(host_ns - host_ns // 3))),
+        )
+
+    def edges(self, shape: StageShape) -> tuple[tuple[Cost, Cost], tuple[Cost, Cost]]:
+        """Return what the first and the last stage do beside their layers: (forward, backward)."""
+        (first_f, first_b), (last_f, last_b) = first_stage(shape), last_stage(shape)
+        head_ns = self.table.host("dtensor_linear") if shape.tp > 1 else 0
+        return (
+            (self._sum(first_f), self._sum(first_b)),
+            (self._sum(last_f), total((self._sum(last_b), certain(head_ns)))),
+        )
+
+    def _stage(self, shape: StageShape, layout: Layout, stage: int) -> StageCost:
+        num_layers = layout.stage_layers[stage]
+        is_first, is_last = stage == 0, stage == layout.pp - 1
+        layer_f, layer_b = self.layer(shape)
+        forward, backward = [times(layer_f, num_layers)], [times(layer_b, num_layers)]
+        for is_here, edge in zip((is_first, is_last), self.edges(shape), strict=True):
+            if is_here:
+                forward.append(edge[0])
+                backward.append(edge[1])
+        parameters = stage_parameters(shape, layout.stage_layers, stage)
+        # Each micro-batch adds its weight gradients to those of the micro-batches before it.
+        if layout.num_microbatches > 1:
+            backward.append(self._sum((Kernel("add_backward", (parameters,)),)))
+        if layout.pp > 1:
+            action = certain(self.table.host("pipeline_action"))
+            forward.append(action)
+            backward.append(action)
+        sync_f, sync_b = self._tensor_parallel(shape, num_layers, is_first, is_last)
+        send = self._message(shape) if layout.pp > 1 else NOTHING
+        halves = 2 * num_layers * 2 * layout.num_microbatches
+        work_ns = (layer_f.p50_ns + layer_b.p50_ns) // 2
+        skew_ns = self.witness.skew_ns(work_ns, halves, layout.dp)
+        return StageCost(
+            forward=total((*forward, sync_f)),
+            backward=total((*backward, sync_b)),
+            send_forward=NOTHING if is_last else send,
+            send_backward=NOTHING if is_first else send,
+            all_reduce=total((self._gradients(parameters, layout.dp), certain(skew_ns))),
+            optimizer=self._sum((Kernel("adamw", (parameters,)),)),
+            other=certain(self.table.host("step")),
+            tensor_parallel_forward_ns=sync_f.p50_ns,
+            tensor_parallel_backward_ns=sync_b.p50_ns,
+        )
+
+    def _sum(self, kernels: Sequence[Kernel]) -> Cost:
+        dtype = self.workload.dtype
+        return total(expected(self.table.kernel(k.op, dtype, k.shape)) for k in kernels)
+
+    def _collective(self, kind: str, group_size: int, size_bytes: int) -> Cost:
+        return expected(self.table.collective(kind, group_size, size_bytes))
+
+    def _message(self, shape: StageShape) -> Cost:
+        """Return the time of one micro-batch's activations, or their gradient, on their way."""
+        size_bytes = shape.rows * self.model.hidden * DTYPE_BYTES[self.workload.dtype]
+        return self._collective("send_recv", 2, size_bytes)
+
+    def _tensor_parallel(
+        self, shape: StageShape, num_layers: int, is_first: bool, is_last: bool
+    ) -> tuple[Cost, Cost]:
+        """Return the tensor-parallel collectives of a stage for one micro-batch.
+
+        Forward: one all-reduce of the activations behind the attention and one behind the MLP of
+        each layer, one behind the vocabulary-sharded embedding. Backward: one in front of each
+        attention and MLP, and one in front of the LM head. Each is made out of place, which costs a
+        pass over the activations, and waits for the slowest member. The sharded loss reduces three
+        values a token (the largest logit, the sum of exponentials, the target's logit) in fp32.
+        """
+        if shape.tp == 1:
+            return NOTHING, NOTHING
+        elements = shape.rows * self.model.hidden
+        reduce = self._collective(
+            "all_reduce", shape.tp, elements * DTYPE_BYTES[self.workload.dtype]
+        )
+        copy = self._sum((Kernel("add_forward", (elements,)),))
+        values = self._collective("all_reduce", shape.tp, 4 * shape.rows)
+        layer_f, layer_b = self.layer(shape)
+        late_f, late_b = (
+            certain(self.witness.skew_ns(layer.p50_ns, 1, shape.tp)) for layer in (layer_f, layer_b)
+        )
+        forward = times(total((reduce, copy, late_f)), 2 * num_layers + is_first)
+        backward = times(total((reduce, copy, late_b)), 2 * num_layers + is_last)
+        return total((forward, times(values, 3 * is_last))), backward
+
+    def _gradients(self, parameters: int, dp: int) -> Cost:
+        """Return the all-reduce of one step's gradients, bucket by bucket."""
+        if dp == 1:
+            return NOTHING
+        bucket_bytes = self.stack.gradient_bucket_bytes
+        num_full, rest_bytes = divmod(parameters * DTYPE_BYTES[self.workload.dtype], bucket_bytes)
+        full = times(self._collective("all_reduce", dp, bucket_bytes), num_full)
+        rest = self._collective("all_reduce", dp, rest_bytes) if rest_bytes else NOTHING
+        return total((full, rest))
 
 
-def layer_cost(shape: StageShape, dtype: str, table: CostTable) -> tuple[Cost, Cost]:
-    """Return the cost of one layer of one micro-batch, forward and backward, without messages.
-
-    Beside its kernels a layer pays the host: autograd's bookkeeping of each op, and what DTensor
-    adds to each linear when tp > 1; a third of both falls to the forward.
-    """
-    host_ns = MODULE_OPS_PER_LAYER * table.host("autograd_op")
-    if shape.tp > 1:
-        host_ns += LINEARS_PER_LAYER * table.host("dtensor_linear")
-    forward = _kernels(layer_forward(shape), dtype, table)
-    backward = _kernels(layer_backward(shape), dtype, table)
-    host_forward_ns = host_ns // 3
-    return (
-        total((forward, certain(host_forward_ns))),
-        total((backward, certain(host_ns - host_forward_ns))),
-    )
-
-
-def edge_cost(shape: StageShape, dtype: str, table: CostTable) -> tuple[Cost, Cost]:
-    """Return what the first and the last stage do beside their layers, forward plus backward."""
-    (first_f, first_b), (last_f, last_b) = first_stage(shape), last_stage(shape)
-    return (
-        _kernels((*first_f, *first_b), dtype, table),
-        _kernels((*last_f, *last_b), dtype, table),
-    )
-
-
-def _stage_cost(
-    shape: StageShape,
-    workload: Workload,
-    layout: Layout,
-    stack: StackSpec,
-    table: CostTable,
-    stage: int,
-) -> StageCost:
-    dtype, num_layers = workload.dtype, layout.stage_layers[stage]
-    is_first, is_last = stage == 0, stage == layout.pp - 1
-    layer_f, layer_b = layer_cost(shape, dtype, table)
-    forward, backward = [times(layer_f, num_layers)], [times(layer_b, num_layers)]
-    if is_first:
-        forward.append(_kernels(first_stage(shape)[0], dtype, table))
-        backward.append(_kernels(first_stage(shape)[1], dtype, table))
-    if is_last:
-        forward.append(_kernels(last_stage(shape)[0], dtype, table))
-        backward.append(_kernels(last_stage(shape)[1], dtype, table))
-        if layout.tp > 1:
-            backward.append(certain(LINEARS_IN_HEAD * table.host("dtensor_linear")))
-    parameters = stage_parameters(shape, layout.stage_layers, stage)
-    # Each micro-batch adds its weight gradients to those of the micro-batches before it.
-    if layout.num_microbatches > 1:
-        backward.append(_kernels((Kernel("add_backward", (parameters,)),), dtype, table))
-    if layout.pp > 1:
-        forward.append(certain(table.host("pipeline_action")))
-        backward.append(certain(table.host("pipeline_action")))
-    tp_forward, tp_backward = _tensor_parallel(shape, dtype, num_layers, is_first, is_last, table)
-    message_bytes = shape.rows * shape.model.hidden * DTYPE_BYTES[dtype]
-    send = NOTHING if layout.pp == 1 else table.collective("send_recv", 2, message_bytes)
-    return StageCost(
-        forward=total((*forward, tp_forward)),
-        backward=total((*backward, tp_backward)),
-        send_forward=NOTHING if is_last else send,
-        send_backward=NOTHING if is_first else send,
-        all_reduce=_gradient_reduction(parameters * DTYPE_BYTES[dtype], layout.dp, stack, table),
-        optimizer=_kernels((Kernel("adamw", (parameters,)),), dtype, table),
-        other=certain(table.host("step")),
-        tensor_parallel_forward_ns=tp_forward.p50_ns,
-        tensor_parallel_backward_ns=tp_backward.p50_ns,
-    )
-
-
-def _kernels(kernels: Sequence[Kernel], dtype: str, table: CostTable) -> Cost:
-    return total(table.kernel(kernel.op, dtype, kernel.shape) for kernel in kernels)
-
-
-def _tensor_parallel(
-    shape: StageShape, dtype: str, num_layers: int, is_first: bool, is_last: bool, table: CostTable
-) -> tuple[Cost, Cost]:
-    """Return the tensor-parallel collectives of a stage for one micro-batch.
-
-    Forward: one all-reduce of the activations behind the attention and one behind the MLP of each
-    layer, one behind the vocabulary-sharded embedding. Backward: one in front of each attention
-    and MLP, and one in front of the LM head. The sharded loss reduces three values a token (the
-    largest logit, the sum of exponentials, the target's logit) in fp32.
-    """
-    if shape.tp == 1:
-        return NOTHING, NOTHING
-    size_bytes = (
-        shape.rows * shape.model.hidden * DTYPE_BYTES["bf16" if dtype == "bf16" else "fp32"]
-    )
-    reduce: Callable[[int], Cost] = lambda size: table.collective("all_reduce", shape.tp, size)  # noqa: E731
-    activations, values = reduce(size_bytes), reduce(4 * shape.rows)
-    forward = total((times(activations, 2 * num_layers + is_first), times(values, 3 * is_last)))
-    return forward, times(activations, 2 * num_layers + is_last)
-
-
-def _gradient_reduction(size_bytes: int, dp: int, stack: StackSpec, table: CostTable) -> Cost:
-    """Return the all-reduce of one step's gradients, bucket by bucket."""
-    if dp == 1:
-        return NOTHING
-    num_full, rest_bytes = divmod(size_bytes, stack.gradient_bucket_bytes)
-    full = table.collective("all_reduce", dp, stack.gradient_bucket_bytes)
-    rest = table.collective("all_reduce", dp, rest_bytes) if rest_bytes else NOTHING
-    return total((times(full, num_full), rest))
+def cost_model(
+    model: ModelSpec, workload: Workload, stack: StackSpec, profile: Profile
+) -> CostModel:
+    """Return the cost model of `model` on the machine of `profile`."""
+    table = CostTable(profile)
+    witness = read_witness(table, workload.dtype)
+    return CostModel(model=model, workload=workload, stack=stack, table=table, witness=witness)

@@ -72,11 +72,6 @@ class StageShape:
 
 
 LINEARS_PER_LAYER = 7
-LINEARS_IN_HEAD = 1
-
-MODULE_OPS_PER_LAYER = 17
-"""Ops that autograd records for a layer: 7 linears, 2 norms, 2 rotary embeddings, 1 attention,
-silu, product, 2 residual sums, 1 reshape of the attention's output."""
 
 
 def layer_forward(shape: StageShape) -> tuple[Kernel, ...]:

@@ -3,8 +3,7 @@
 from collections.abc import Iterator
 from dataclasses import dataclass
 
-from planner.cost import edge_cost, layer_cost, stage_costs
-from planner.kernels import StageShape
+from planner.cost import CostModel, cost_model, total
 from planner.layout import Layout, ScheduleName
 from planner.lower import predict_step
 from planner.memory import stage_memory
@@ -21,7 +20,6 @@ from planner.schedule import SCHEDULES
 from profiles.errors import UnsupportedError
 from profiles.files import digest
 from profiles.job import Job, SearchLimits
-from profiles.lookup import CostTable
 from profiles.model import ModelSpec
 from profiles.profile import Profile
 from profiles.quantity import format_quantity
@@ -46,14 +44,14 @@ def search(job: Job, profile: Profile) -> SearchResult:
     the cost model does not cover, and InfeasibleError when nothing fits.
     """
     _check_supported(job, profile)
-    table = CostTable(profile)
+    costs = cost_model(job.model, job.workload, job.stack, profile)
     ranking, rejections, needs = [], [], []
     for degrees in _degrees(job.cluster.num_ranks):
         if rejection := _rejection(job, *degrees):
             rejections.append(rejection)
             continue
-        for layout in _layouts(job, table, *degrees):
-            candidate = _evaluate(job, table, layout, profile.context_bytes)
+        for layout in _layouts(job, costs, *degrees):
+            candidate = _evaluate(job, costs, layout, profile.context_bytes)
             limit_bytes = min(pool.gpu.memory_bytes for pool in job.cluster.pools)
             if candidate.peak_bytes > limit_bytes:
                 needs.append(candidate)
@@ -72,7 +70,7 @@ def make_plan(
     """Return the plan of the `chosen` place of the ranking, sealed."""
     layout = result.ranking[chosen].layout
     schedule = SCHEDULES[layout.schedule](layout.pp, layout.num_microbatches)
-    table = CostTable(profile)
+    costs = cost_model(job.model, job.workload, job.stack, profile)
     return seal(
         schema_version=PLAN_SCHEMA_VERSION,
         tool_version=version,
@@ -87,11 +85,11 @@ def make_plan(
             device=profile.device,
             versions=profile.versions,
             measured_at=profile.measured_at,
-            reference_ns=table.reference(job.workload.dtype).p50_ns,
+            reference_ns=costs.table.reference(job.workload.dtype).p50_ns,
         ),
         layout=layout,
         schedule=tuple(str(schedule).splitlines()),
-        costs=stage_costs(job.model, job.workload, layout, job.stack, table),
+        costs=costs.stages(layout),
         memory=stage_memory(job.model, job.workload, layout, schedule, profile.context_bytes),
         step=result.ranking[chosen].step,
         ranking=result.ranking,
@@ -184,17 +182,14 @@ def _options(values: Iterator[int] | tuple[int, ...]) -> str:
     return ", ".join(found if len(found) <= 8 else [*found[:7], "...", found[-1]])
 
 
-def _layouts(job: Job, table: CostTable, dp: int, tp: int, pp: int) -> Iterator[Layout]:
+def _layouts(job: Job, costs: CostModel, dp: int, tp: int, pp: int) -> Iterator[Layout]:
     """Yield the layouts of these degrees: every micro-batch that divides, every schedule."""
     share = job.workload.global_batch // dp
     limits = job.search
     for micro_batch in range(1, share + 1):
         if share % micro_batch or not _allowed(limits.micro_batch, micro_batch):
             continue
-        shape = StageShape(
-            model=job.model, tp=tp, micro_batch=micro_batch, seq_len=job.workload.seq_len
-        )
-        layers = _partition(shape, job.workload.dtype, table, pp)
+        layers = _partition(costs, tp, micro_batch, pp)
         for schedule in _schedules(limits, pp):
             yield Layout(
                 dp=dp,
@@ -218,23 +213,22 @@ def _allowed(limit: tuple[int, ...], value: int) -> bool:
     return not limit or value in limit
 
 
-def _partition(shape: StageShape, dtype: str, table: CostTable, pp: int) -> tuple[int, ...]:
+def _partition(costs: CostModel, tp: int, micro_batch: int, pp: int) -> tuple[int, ...]:
+    """Return the layers of each stage, so that the slowest stage is as fast as it can be."""
+    num_layers = costs.model.num_layers
     if pp == 1:
-        return (shape.model.num_layers,)
-    forward, backward = layer_cost(shape, dtype, table)
-    first, last = edge_cost(shape, dtype, table)
-    return balanced_stages(
-        shape.model.num_layers, pp, forward.p50_ns + backward.p50_ns, first.p50_ns, last.p50_ns
-    )
+        return (num_layers,)
+    shape = costs.shape(tp, micro_batch)
+    first, last = (total(edge).p50_ns for edge in costs.edges(shape))
+    return balanced_stages(num_layers, pp, total(costs.layer(shape)).p50_ns, first, last)
 
 
-def _evaluate(job: Job, table: CostTable, layout: Layout, context_bytes: int) -> Candidate:
+def _evaluate(job: Job, costs: CostModel, layout: Layout, context_bytes: int) -> Candidate:
     schedule = SCHEDULES[layout.schedule](layout.pp, layout.num_microbatches)
-    costs = stage_costs(job.model, job.workload, layout, job.stack, table)
     memory = stage_memory(job.model, job.workload, layout, schedule, context_bytes)
     return Candidate(
         layout=layout,
-        step=predict_step(schedule, costs),
+        step=predict_step(schedule, costs.stages(layout)),
         peak_bytes=max(stage.total for stage in memory),
     )
 

@@ -16,6 +16,8 @@ swiglu_*               (elements,)                    silu(gate) * up, elements 
 add_*                  (elements,)                    residual sum; backward sums two gradients
 embedding_*            (rows, width, vocab)           look-up; backward makes a dense gradient
 cross_entropy_*        (rows, vocab)                  mean cross-entropy in fp32
+layer_*                (batch, seq, hidden,           a whole layer with equal heads: the witness of
+                       heads, head, ffn)              what its kernels cost in a row
 adamw                  (elements,)                    one fused AdamW update of that many weights
 =====================  =============================  =========================================
 
@@ -76,7 +78,6 @@ class Profile:
 
     `host_ns` holds costs of the software itself, in ns a call:
 
-    autograd_op       what a module and autograd add to one op, forward plus backward
     dtensor_linear    what DTensor adds to one tensor-parallel linear, forward plus backward,
                       without the all-reduces themselves
     pipeline_action   what the pipeline runtime adds to one forward or backward of a rank; it posts

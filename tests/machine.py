@@ -98,7 +98,7 @@ def made_up_profile(num_ranks: int) -> Profile:
         ),
         kernels=tuple(_kernels()),
         collectives=tuple(_collectives(num_ranks)),
-        host_ns={"autograd_op": 0, "dtensor_linear": 0, "pipeline_action": 0, "step": 0},
+        host_ns={"dtensor_linear": 0, "pipeline_action": 0, "step": 0},
         context_bytes=1000,
         versions={"torch": "2.13.0"},
         measured_at="2026-11-20T00:00:00Z",

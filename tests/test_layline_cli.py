@@ -1,7 +1,6 @@
 """The commands as a user meets them: what they print, and what they say of bad input."""
 
 import json
-import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -160,7 +159,7 @@ def test_usage_errors_are_two(call: Call) -> None:
 
 
 def test_compare_of_no_run(call: Call) -> None:
-    os.mkdir("out")
+    Path("out").mkdir()
     result = call("compare", "out")
     assert result.exit_code == 3
     assert "`layline run -o`" in result.stderr

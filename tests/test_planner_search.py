@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from planner.cost import stage_costs
+from planner.cost import cost_model
 from planner.kernels import StageShape, layer_backward, layer_forward, stage_parameters
 from planner.layout import Layout
 from planner.memory import stage_memory
@@ -21,7 +21,6 @@ from planner.search import (
 )
 from profiles.errors import UnsupportedError
 from profiles.job import Job, SearchLimits
-from profiles.lookup import CostTable
 from profiles.model import ModelSpec
 from tests.machine import FLOPS_PER_NS, RATE_BYTES_PER_NS, TINY, made_up_job, made_up_profile
 
@@ -75,7 +74,7 @@ def test_stage_parameters_add_up_to_the_model(tp: int, stage_layers: tuple[int, 
 def test_forward_of_a_stage_is_its_flops_over_the_rate() -> None:
     # On the made-up machine only flops and bytes cost, so a stage is a sum that fits on paper.
     layout = Layout(dp=1, tp=1, pp=1, micro_batch=2, num_microbatches=4, stage_layers=(4,))
-    (cost,) = stage_costs(TINY, job().workload, layout, job().stack, CostTable(PROFILE))
+    (cost,) = cost_model(TINY, job().workload, job().stack, PROFILE).stages(layout)
     rows = 2 * job().workload.seq_len
     matrices = TINY.num_layers * (TINY.num_layer_parameters - 2 * TINY.hidden)
     matrices += TINY.vocab * TINY.hidden
@@ -86,7 +85,7 @@ def test_forward_of_a_stage_is_its_flops_over_the_rate() -> None:
 
 def test_gradient_reduction_is_the_ring_formula() -> None:
     layout = Layout(dp=4, tp=1, pp=1, micro_batch=1, num_microbatches=2, stage_layers=(4,))
-    (cost,) = stage_costs(TINY, job().workload, layout, job().stack, CostTable(PROFILE))
+    (cost,) = cost_model(TINY, job().workload, job().stack, PROFILE).stages(layout)
     expected = 2 * 3 / 4 * 4 * TINY.num_parameters / RATE_BYTES_PER_NS
     assert cost.all_reduce.p50_ns == pytest.approx(expected, rel=0.02)
 

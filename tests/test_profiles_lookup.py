@@ -203,7 +203,7 @@ def test_scales_belong_to_their_kind() -> None:
         (lambda: TABLE.kernel("linear_dgrad", "fp32", (1, 1, 1)), "kernel linear_dgrad in fp32"),
         (lambda: TABLE.kernel("adamw", "bf16", (1,)), "kernel adamw in bf16"),
         (lambda: TABLE.collective("all_gather", 2, 1), "collective all_gather"),
-        (lambda: TABLE.host("autograd_op"), "host cost autograd_op"),
+        (lambda: TABLE.host("dtensor_linear"), "host cost dtensor_linear"),
     ],
 )
 def test_what_was_not_measured_is_named(look_up: Callable[[], object], text: str) -> None:

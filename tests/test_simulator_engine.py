@@ -1,5 +1,7 @@
 """The engines: closed forms, agreement on random graphs, and the name of a deadlock."""
 
+from itertools import pairwise
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
@@ -42,7 +44,7 @@ def test_engines_agree_to_the_nanosecond(drawn: Drawn) -> None:
     outcomes = []
     for engine in ("loop", "simpy"):
         try:
-            outcomes.append(str(simulate(graph, durations, engine=engine)))  # type: ignore[arg-type]
+            outcomes.append(str(simulate(graph, durations, engine=engine)))
         except DeadlockError as error:
             outcomes.append(str(error))
     assert outcomes[0] == outcomes[1]
@@ -66,7 +68,7 @@ def test_rules_of_the_graph_hold(drawn: Drawn) -> None:
             assert start.get(f"op{other}", start[op.name]) == start[op.name]
     for ids in graph.streams.values():
         spans = [f"op{i}" for i in ids if f"op{i}" in start]
-        assert all(end[a] <= start[b] for a, b in zip(spans, spans[1:], strict=False))
+        assert all(end[a] <= start[b] for a, b in pairwise(spans))
 
 
 def test_a_stream_is_a_sum_and_streams_are_a_maximum() -> None:

@@ -86,6 +86,17 @@ _AXES: dict[tuple[str, bool], dict[str, tuple[tuple[int, ...], ...]]] = {
 }
 
 
+_LAYERS: dict[str, tuple[Shape, ...]] = {
+    "cpu": ((1, 256, 256, 8, 32, 768), (4, 256, 256, 8, 32, 768)),
+    "cuda": ((1, 4096, 4096, 32, 128, 11008), (4, 4096, 4096, 32, 128, 11008)),
+}
+
+
+def layer_shapes(device: str) -> tuple[Shape, ...]:
+    """Return the whole layers to measure, (batch, seq, hidden, heads, head, ffn)."""
+    return _LAYERS[device]
+
+
 def kernel_shapes(device: str, quick: bool) -> dict[str, tuple[Shape, ...]]:
     """Return the shapes of every op to measure on `device` (cpu or cuda), by op.
 
@@ -123,3 +134,8 @@ def collective_budget(quick: bool) -> Budget:
     """Return the time for one pass over one collective at one size."""
     time_ns = 12_000_000 if quick else 50_000_000
     return Budget(time_ns=time_ns, min_samples=2, max_samples=17)
+
+
+def layer_budget(quick: bool) -> Budget:
+    """Return the time for one pass over one whole layer."""
+    return Budget(time_ns=600_000_000 if quick else 1_500_000_000, min_samples=3, max_samples=40)

@@ -26,7 +26,6 @@ from profiles.measure.timing import Call
 
 _WIDTH = 16
 _NUM_MICROBATCHES = 24
-_CHAIN = 20
 _STEP_TENSORS = 50
 
 
@@ -184,24 +183,7 @@ def optimizer_step(device: torch.device, repeats: int) -> float:
     return _usual_ns(call, device, repeats)
 
 
-def autograd_op(device: torch.device, repeats: int) -> float:
-    """What modules and autograd add to one op, forward plus backward, beside its kernels."""
-    chain = nn.Sequential(*(nn.Linear(8, 8, bias=False) for _ in range(_CHAIN))).to(device)
-    x = torch.randn(8, 8, device=device, requires_grad=True)
-    w = torch.randn(8, 8, device=device)
-
-    def kernels() -> None:
-        with torch.no_grad():
-            F.linear(x, w)
-            x @ w
-            x.t() @ x
-
-    per_op_ns = _usual_ns(_forward_backward(chain, x), device, repeats) / _CHAIN
-    return per_op_ns - _usual_ns(kernels, device, repeats, _CHAIN)
-
-
 HOST_COSTS: Mapping[str, Callable[[torch.device, int], float]] = {
-    "autograd_op": autograd_op,
     "dtensor_linear": dtensor_linear,
     "pipeline_action": pipeline_action,
     "step": optimizer_step,

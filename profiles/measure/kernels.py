@@ -123,8 +123,8 @@ def _norm_backward(arena: Arena, shape: Shape) -> Call:
     return _backward(F.rms_norm(x, (shape[1],), weight, 1e-5), (x, weight), arena.take(*shape))
 
 
-def _rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Return `x` [seq, heads, head] rotated by position, as the executor does it."""
+def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
+    """Return `x` [..., head] rotated by position, as the executor does it."""
     x1, x2 = x.chunk(2, -1)
     return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), -1)
 
@@ -137,12 +137,12 @@ def _rope_operands(arena: Arena, shape: Shape) -> tuple[Tensor, Tensor, Tensor]:
 
 def _rope_forward(arena: Arena, shape: Shape) -> Call:
     x, cos, sin = _rope_operands(arena, shape)
-    return lambda: _rotate(x, cos, sin)
+    return lambda: rotate(x, cos, sin)
 
 
 def _rope_backward(arena: Arena, shape: Shape) -> Call:
     x, cos, sin = _rope_operands(arena, shape)
-    return _backward(_rotate(x, cos, sin), (x,), arena.take(*x.shape))
+    return _backward(rotate(x, cos, sin), (x,), arena.take(*x.shape))
 
 
 def _swiglu_forward(arena: Arena, shape: Shape) -> Call:
@@ -281,10 +281,13 @@ class KernelTimer:
         A sample's quantiles are the means of the ranks' quantiles. A point that does not fit into
         some rank's memory is left out.
         """
-        return _merged(self._times, self._device) if self._times else []
+        return merged(self._times, self._device)
 
 
-def _merged(times: Mapping[KernelPoint, list[int]], device: torch.device) -> list[KernelSample]:
+def merged(times: Mapping[KernelPoint, list[int]], device: torch.device) -> list[KernelSample]:
+    """Return the samples of `times`, the same on all ranks, as `KernelTimer.samples` says."""
+    if not times:
+        return []
     rows = [(*quantiles(found), len(found)) if found else (0, 0, 0, 0) for found in times.values()]
     total = torch.tensor(rows, dtype=torch.float64, device=device)
     fewest = total[:, 3].clone()

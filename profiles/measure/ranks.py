@@ -21,11 +21,12 @@ from torch._C._distributed_c10d import FileStore
 STORE_VARIABLE = "LAYLINE_STORE"
 JOIN_TIMEOUT = timedelta(seconds=120)
 
-# A rank that hands its memory back to the kernel after each step pays for it again, page by page,
-# in the next one; a large trim threshold keeps the heap.
+# A rank that maps a tensor when it is made and hands it back when it is freed pays for every page,
+# every time. Without maps and without trimming, memory comes from a heap that stays warm.
 _RANK_ENVIRONMENT = {
     "OMP_NUM_THREADS": "1",
-    "MALLOC_MMAP_THRESHOLD_": str(1 << 30),
+    "MALLOC_MMAP_MAX_": "0",
+    "MALLOC_TOP_PAD_": str(64 << 20),
     "MALLOC_TRIM_THRESHOLD_": str(1 << 40),
     "GLOO_SOCKET_IFNAME": "lo",
     "NCCL_SOCKET_IFNAME": "lo",

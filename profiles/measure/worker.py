@@ -21,6 +21,7 @@ from profiles.machine import cpu_name, total_memory_bytes
 from profiles.measure import grids
 from profiles.measure.host import HOST_COSTS, HostTimer
 from profiles.measure.kernels import KernelPoint, KernelTimer
+from profiles.measure.layers import LayerTimer
 from profiles.measure.links import LinkTimer, link_points
 from profiles.measure.ranks import joined
 from profiles.profile import PROFILE_SCHEMA_VERSION, DeviceFacts, Profile
@@ -59,28 +60,31 @@ def measure_here(
     """Return the profile of the joined ranks; every rank calls this with the same arguments."""
     facts = _device_facts(device)
     context_bytes = _context_bytes(device)
+    dtypes = grids.dtypes(device.type, quick)
     kernels = [
         KernelPoint(op=op, dtype=dtype, shape=shape)
-        for dtype in grids.dtypes(device.type, quick)
+        for dtype in dtypes
         for op, shapes in grids.kernel_shapes(device.type, quick).items()
         for shape in shapes
         if not only or op in only
     ]
     links = link_points(facts.num_ranks, grids.collective_sizes(quick))
     links = [point for point in links if not only or point.kind in only]
+    layers = grids.layer_shapes(device.type) if not only or "layer" in only else ()
     hosts = [key for key in HOST_COSTS if not only or key in only]
-    num_points = len(kernels) + len(links) + len(hosts)
+    num_points = len(kernels) + 2 * len(dtypes) * len(layers) + len(links) + len(hosts)
     on_point = _reporter(progress, NUM_PASSES * num_points)
     host_timer = HostTimer(hosts, device, quick)
     link_timer = LinkTimer(links, device, grids.collective_budget(quick))
     kernel_timer = KernelTimer(kernels, device, grids.kernel_budget(quick))
+    layer_timer = LayerTimer(layers, dtypes, device, grids.layer_budget(quick))
     for _ in range(NUM_PASSES):
-        for timer in (host_timer, link_timer, kernel_timer):
+        for timer in (host_timer, link_timer, layer_timer, kernel_timer):
             timer.run_pass(on_point)
     return Profile(
         schema_version=PROFILE_SCHEMA_VERSION,
         device=facts,
-        kernels=tuple(kernel_timer.samples()),
+        kernels=(*kernel_timer.samples(), *layer_timer.samples()),
         collectives=tuple(link_timer.samples()),
         host_ns=host_timer.costs(),
         context_bytes=context_bytes,
