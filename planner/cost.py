@@ -124,17 +124,18 @@ class CostModel:
             backward.append(action)
         sync_f, sync_b = self._tensor_parallel(shape, num_layers, is_first, is_last)
         send = self._message(shape) if layout.pp > 1 else NOTHING
-        halves = 2 * num_layers * 2 * layout.num_microbatches
-        work_ns = (layer_f.p50_ns + layer_b.p50_ns) // 2
-        skew_ns = self.witness.skew_ns(work_ns, halves, layout.dp)
+        work_ns = total((*forward, *backward)).p50_ns * layout.num_microbatches
+        late_dp, late_pp = (
+            certain(self.witness.skew_ns(work_ns, degree)) for degree in (layout.dp, layout.pp)
+        )
         return StageCost(
             forward=total((*forward, sync_f)),
             backward=total((*backward, sync_b)),
             send_forward=NOTHING if is_last else send,
             send_backward=NOTHING if is_first else send,
-            all_reduce=total((self._gradients(parameters, layout.dp), certain(skew_ns))),
+            all_reduce=total((self._gradients(parameters, layout.dp), late_dp)),
             optimizer=self._sum((Kernel("adamw", (parameters,)),)),
-            other=certain(self.table.host("step")),
+            other=total((certain(self.table.host("step")), late_pp)),
             tensor_parallel_forward_ns=sync_f.p50_ns,
             tensor_parallel_backward_ns=sync_b.p50_ns,
         )
@@ -172,7 +173,8 @@ class CostModel:
         values = self._collective("all_reduce", shape.tp, 4 * shape.rows)
         layer_f, layer_b = self.layer(shape)
         late_f, late_b = (
-            certain(self.witness.skew_ns(layer.p50_ns, 1, shape.tp)) for layer in (layer_f, layer_b)
+            certain(self.witness.skew_ns(layer.p50_ns // 2, shape.tp))
+            for layer in (layer_f, layer_b)
         )
         forward = times(total((reduce, copy, late_f)), 2 * num_layers + is_first)
         backward = times(total((reduce, copy, late_b)), 2 * num_layers + is_last)

@@ -50,22 +50,22 @@ class Witness:
     backward: float = 1.0
     spread: float = 0.0
 
-    def skew_ns(self, layer_ns: int, num_halves: int, group_size: int) -> int:
-        """Return how long a group waits for its slowest member after `num_halves` half layers.
+    def skew_ns(self, work_ns: int, group_size: int) -> int:
+        """Return how long a group waits for its slowest member after `work_ns` of work each.
 
         Equal ranks are never equal: after work of standard deviation s they meet when the last of
-        n is done, E[max of n normals] * s after the mean. Half layers are taken as independent,
-        so s = spread * layer / sqrt(2) * sqrt(num_halves). E[max] is Blom's approximation,
-        quantile((n - 0.375) / (n + 0.25)). Source: Blom, "Statistical estimates and transformed
-        beta-variables" (1958).
+        n is done, E[max of n normals] * s after the mean. What disturbs a rank (another program, a
+        clock) is taken to outlast the work between two meetings, so s = spread * work. E[max] is
+        Blom's approximation, quantile((n - 0.375) / (n + 0.25)). Source: Blom, "Statistical
+        estimates and transformed beta-variables" (1958).
 
-        >>> Witness(spread=0.1).skew_ns(1_000_000, 2, 2), Witness(spread=0.1).skew_ns(10, 2, 1)
+        >>> Witness(spread=0.1).skew_ns(1_000_000, 2), Witness(spread=0.1).skew_ns(1_000_000, 1)
         (58946, 0)
         """
         if group_size == 1:
             return 0
         lateness = NormalDist().inv_cdf((group_size - 0.375) / (group_size + 0.25))
-        return round(lateness * self.spread * layer_ns * math.sqrt(num_halves / 2))
+        return round(lateness * self.spread * work_ns)
 
 
 def read_witness(table: CostTable, dtype: str) -> Witness:

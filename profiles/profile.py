@@ -22,7 +22,8 @@ adamw                  (elements,)                    one fused AdamW update of 
 =====================  =============================  =========================================
 
 Collective kinds: `all_reduce`, `all_gather`, `reduce_scatter`, `send_recv`; `size_bytes` is the
-full buffer (what every rank holds after an all-gather); `send_recv` has a group of 2.
+full buffer (what every rank holds after an all-gather); `send_recv` has a group of 2 and is the
+one-way time of a message, on a CPU while the sender computes.
 """
 
 from collections.abc import Mapping

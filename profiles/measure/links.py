@@ -13,6 +13,9 @@ from profiles.profile import CollectiveSample
 
 KINDS = ("all_reduce", "all_gather", "reduce_scatter", "send_recv")
 
+# How long the sender of a message computes on a CPU; several time slices of the scheduler.
+_BUSY_NS = 8_000_000
+
 # Calls behind one sample on CUDA: its ranks enter a collective askew, and more calls even it out.
 _CUDA_RUN = 4
 
@@ -68,21 +71,24 @@ class LinkTimer:
             on_point(point.kind)
             if point.kind in self._refused:
                 continue
+            group = self._groups[point.group_size]
             try:
-                call = _call(point, self._groups[point.group_size], self._device)
-                times += _times(call, self._device, self._budget)
+                if point.kind == "send_recv" and self._device.type == "cpu":
+                    times += _message_times(point.size_bytes, group, self._budget)
+                else:
+                    times += _times(_call(point, group, self._device), self._device, self._budget)
             except (RuntimeError, NotImplementedError) as error:
                 if not any(word in str(error).lower() for word in ("support", "implement")):
                     raise
                 self._refused.add(point.kind)
 
     def samples(self) -> list[CollectiveSample]:
-        """Return what was found, the same on all ranks; a message is half of a there and back."""
+        """Return what was found, the same on all ranks; on CUDA a message is half a round trip."""
         found = []
         for point, times in self._times.items():
             if point.kind in self._refused:
                 continue
-            halves = 2 if point.kind == "send_recv" else 1
+            halves = 2 if point.kind == "send_recv" and self._device.type == "cuda" else 1
             p10_ns, p50_ns, p90_ns = (max(1, t // halves) for t in quantiles(times))
             found.append(
                 CollectiveSample(
@@ -123,6 +129,35 @@ def _call(point: LinkPoint, group: dist.ProcessGroup | None, device: torch.devic
     if point.kind == "all_gather":
         return lambda: dist.all_gather_into_tensor(full, part, group=group)
     return lambda: dist.reduce_scatter_tensor(part, full, group=group)
+
+
+def _message_times(size_bytes: int, group: dist.ProcessGroup | None, budget: Budget) -> list[int]:
+    """Return one-way times in ns of messages of a pair whose sender goes on computing.
+
+    So it is in a pipeline, and on a CPU it matters: the message is moved by a thread that must get
+    a core from the computation. The ranks of one host share the clock; the slowest pair counts.
+    """
+    count = min(max(8, budget.time_ns // _BUSY_NS), budget.max_samples)
+    stamps = torch.zeros(count, dtype=torch.int64)
+    if group is not None:
+        message, weights = torch.randn(size_bytes // 4), torch.randn(128, 128)
+        # As long as a small forward, and long enough for the message to arrive.
+        busy_ns = _BUSY_NS + size_bytes
+        rank = dist.get_rank()
+        for i in range(-1, count):
+            is_sender = rank % 2 == i % 2
+            request = dist.P2POp(dist.isend if is_sender else dist.irecv, message, rank ^ 1, group)
+            dist.barrier(group)
+            begin = time.perf_counter_ns()
+            works = dist.batch_isend_irecv([request])
+            while is_sender and time.perf_counter_ns() - begin < busy_ns:
+                torch.mm(weights, weights)
+            for work in works:
+                work.wait()
+            if i >= 0:
+                stamps[i] = -begin if is_sender else time.perf_counter_ns()
+        dist.all_reduce(stamps, group=group)
+    return _slowest(stamps.tolist(), torch.device("cpu"))
 
 
 def ping_pong(message: Tensor, group: dist.ProcessGroup) -> Call:
