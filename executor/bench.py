@@ -35,6 +35,7 @@ def bench_executor(num_steps: int = 48) -> dict[str, float | int | str]:
     workload = Workload(seq_len=128, global_batch=layout.global_batch)
     stack = StackSpec(
         name="torch", overlaps_gradients=False, gradient_bucket_bytes=1 << 25,
+            fuses_norms=False,
         source="not used by one rank", date="2026-01-01",
     )  # fmt: skip
     recipe = Recipe(

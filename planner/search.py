@@ -90,7 +90,9 @@ def make_plan(
         layout=layout,
         schedule=tuple(str(schedule).splitlines()),
         costs=costs.stages(layout),
-        memory=stage_memory(job.model, job.workload, layout, schedule, profile.context_bytes),
+        memory=stage_memory(
+            job.model, job.workload, layout, schedule, job.stack, profile.context_bytes
+        ),
         step=result.ranking[chosen].step,
         ranking=result.ranking,
         chosen=chosen,
@@ -225,7 +227,7 @@ def _partition(costs: CostModel, tp: int, micro_batch: int, pp: int) -> tuple[in
 
 def _evaluate(job: Job, costs: CostModel, layout: Layout, context_bytes: int) -> Candidate:
     schedule = SCHEDULES[layout.schedule](layout.pp, layout.num_microbatches)
-    memory = stage_memory(job.model, job.workload, layout, schedule, context_bytes)
+    memory = stage_memory(job.model, job.workload, layout, schedule, job.stack, context_bytes)
     return Candidate(
         layout=layout,
         step=predict_step(schedule, costs.stages(layout)),

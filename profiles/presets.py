@@ -209,6 +209,7 @@ def stack_preset(name: str) -> StackSpec:
         name=name,
         overlaps_gradients=table["overlaps_gradients"],
         gradient_bucket_bytes=parse_quantity(table["gradient_bucket"], "bytes"),
+        fuses_norms=table["fuses_norms"],
         source=table["source"],
         date=table["date"],
     )

@@ -118,7 +118,11 @@ def made_up_job(num_ranks: int) -> Job:
         workload=Workload(seq_len=16, global_batch=8),
         cluster=ClusterSpec(name="made-up", pools=(pool,)),
         stack=StackSpec(
-            name="made-up", overlaps_gradients=False, gradient_bucket_bytes=25 << 20, **MADE_UP
+            name="made-up",
+            overlaps_gradients=False,
+            gradient_bucket_bytes=25 << 20,
+            fuses_norms=False,
+            **MADE_UP,
         ),
         profile_path="",
         search=SearchLimits(),

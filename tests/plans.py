@@ -45,6 +45,7 @@ def tiny_stack(overlaps_gradients: bool = False) -> StackSpec:
     """Return a stack with buckets so small that a tiny model fills several."""
     return StackSpec(
         name="torch", overlaps_gradients=overlaps_gradients, gradient_bucket_bytes=100_000,
+        fuses_norms=False,
         source="made up for tests", date="2026-01-01",
     )  # fmt: skip
 

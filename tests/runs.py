@@ -131,6 +131,7 @@ def make_plan(
             name="torch-cpu",
             overlaps_gradients=False,
             gradient_bucket_bytes=25 * MIB,
+            fuses_norms=False,
             source="made up",
             date="2026-01-01",
         ),

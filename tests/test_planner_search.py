@@ -143,7 +143,9 @@ def test_a_model_that_is_no_llama_is_refused_by_name() -> None:
 def test_memory_of_a_stage() -> None:
     layout = Layout(dp=1, tp=2, pp=2, micro_batch=1, num_microbatches=4, stage_layers=(2, 2))
     schedule = one_f_one_b(2, 4)
-    first, last = stage_memory(TINY, job().workload, layout, schedule, context_bytes=1000)
+    first, last = stage_memory(
+        TINY, job().workload, layout, schedule, job().stack, context_bytes=1000
+    )
     shape = StageShape(model=TINY, tp=2, micro_batch=1, seq_len=job().workload.seq_len)
     assert first.parameters == first.gradients == 4 * stage_parameters(shape, (2, 2), 0)
     assert first.optimizer == 2 * first.parameters
@@ -162,7 +164,9 @@ def test_memory_grows_with_batch_and_sequence(micro_batch: int, seq_len: int) ->
             dp=1, tp=1, pp=2, micro_batch=micro_batch, num_microbatches=2, stage_layers=(2, 2)
         )
         work = replace(job().workload, seq_len=seq_len)
-        return max(m.total for m in stage_memory(TINY, work, layout, one_f_one_b(2, 2), 0))
+        return max(
+            m.total for m in stage_memory(TINY, work, layout, one_f_one_b(2, 2), job().stack, 0)
+        )
 
     assert total(2 * micro_batch, seq_len) > total(micro_batch, seq_len)
     assert total(micro_batch, 2 * seq_len) > total(micro_batch, seq_len)

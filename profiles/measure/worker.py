@@ -132,7 +132,12 @@ def _device_facts(device: torch.device) -> DeviceFacts:
 
 
 def _context_bytes(device: torch.device) -> int:
-    """Return what this rank holds before any work: resident memory, or device memory on CUDA."""
+    """Return what this rank holds before any work: resident memory, or device memory on CUDA.
+
+    A tiny layer runs first: libraries load their code, and keep work space, at the first call.
+    """
+    tiny = LayerTimer(((1, 16, 16, 1, 16, 16),), ("fp32",), device, grids.layer_budget(True))
+    tiny.run_pass(lambda _: None)
     dist.barrier()
     if device.type == "cuda":
         torch.cuda.synchronize()
