@@ -89,7 +89,7 @@ def bottleneck(plan: Plan) -> str:
 
 
 def _compute(timeline: Timeline, rank: int) -> dict[str, int]:
-    return {kind: ns for kind, ns in timeline.busy_ns(rank).items() if kind != "send"}
+    return {kind: ns for kind, ns in timeline.busy_ns(rank).items() if kind not in ("send", "wait")}
 
 
 def _count_rules(plan: Plan) -> str:

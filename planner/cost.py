@@ -125,17 +125,15 @@ class CostModel:
         sync_f, sync_b = self._tensor_parallel(shape, num_layers, is_first, is_last)
         send = self._message(shape) if layout.pp > 1 else NOTHING
         work_ns = total((*forward, *backward)).p50_ns * layout.num_microbatches
-        late_dp, late_pp = (
-            certain(self.witness.skew_ns(work_ns, degree)) for degree in (layout.dp, layout.pp)
-        )
         return StageCost(
             forward=total((*forward, sync_f)),
             backward=total((*backward, sync_b)),
             send_forward=NOTHING if is_last else send,
             send_backward=NOTHING if is_first else send,
-            all_reduce=total((self._gradients(parameters, layout.dp), late_dp)),
+            all_reduce=self._gradients(parameters, layout.dp),
             optimizer=self._sum((Kernel("adamw", (parameters,)),)),
-            other=total((certain(self.table.host("step")), late_pp)),
+            other=certain(self.table.host("step")),
+            wait=certain(self.witness.skew_ns(work_ns, layout.dp * layout.pp)),
             tensor_parallel_forward_ns=sync_f.p50_ns,
             tensor_parallel_backward_ns=sync_b.p50_ns,
         )

@@ -18,14 +18,29 @@ from simulator.graph import Op, TaskGraph
 from simulator.timeline import Kind, Timeline
 
 Part = Literal[
-    "forward", "backward", "send_forward", "send_backward", "all_reduce", "optimizer", "other"
+    "forward",
+    "backward",
+    "send_forward",
+    "send_backward",
+    "all_reduce",
+    "optimizer",
+    "other",
+    "wait",
 ]
 Quantile = Literal["p10_ns", "p50_ns", "p90_ns"]
 
 _KIND: dict[Part, Kind] = {
     "forward": "forward", "backward": "backward", "send_forward": "send",
     "send_backward": "send", "all_reduce": "all_reduce", "optimizer": "optimizer", "other": "other",
+    "wait": "wait",
 }  # fmt: skip
+
+
+_AFTER_THE_LAST_ACTION: dict[str, Part] = {
+    "reduce": "all_reduce",
+    "update": "optimizer",
+    "wait": "wait",
+}
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -55,8 +70,8 @@ def lower(schedule: Schedule) -> LoweredStep:
     """Return the task graph of one optimizer step under `schedule`.
 
     Each pipeline rank starts with its host work, walks its actions on the stream `compute`, then
-    reduces its gradients and updates its weights. Raises ValueError for a split backward (I, W),
-    which costs of whole backwards cannot time.
+    reduces its gradients, updates its weights and waits for the slowest of its equals. Raises
+    ValueError for a split backward (I, W), which costs of whole backwards cannot time.
     """
     homes = schedule.homes()
     rows: list[_Row] = []
@@ -75,9 +90,9 @@ def lower(schedule: Schedule) -> LoweredStep:
             rows.append(_Row(rank, "compute", str(action), role, action, needs))
             messages += _message(schedule, homes, action)
         for stage in sorted({action.stage for action in actions}):
-            for name, last in (("reduce", "all_reduce"), ("update", "optimizer")):
+            for name, last in _AFTER_THE_LAST_ACTION.items():
                 key = (name, stage)
-                rows.append(_Row(rank, "compute", f"{name} {stage}", (stage, last), key))  # type: ignore[arg-type]
+                rows.append(_Row(rank, "compute", f"{name} {stage}", (stage, last), key))
     rows += messages
     place = {row.key: op_id for op_id, row in enumerate(rows)}
     ops = tuple(

@@ -27,9 +27,8 @@ class StageCost:
     `forward` and `backward` are for one micro-batch with their tensor-parallel collectives inside
     (`tensor_parallel_*_ns` says how much of the median that is); `send_*` move one micro-batch's
     activations on to the next stage, or its gradient back to the previous one; `all_reduce` is
-    the data-parallel gradient reduction of one step, the wait for the slowest replica included;
-    `optimizer` updates the stage once; `other` is host work of one step and the wait for the
-    slowest stage of equals.
+    the data-parallel gradient reduction of one step; `optimizer` updates the stage once; `other`
+    is host work of one step; `wait` is what passes until the slowest of equal ranks is done.
     """
 
     forward: Cost
@@ -39,6 +38,7 @@ class StageCost:
     all_reduce: Cost
     optimizer: Cost
     other: Cost
+    wait: Cost
     tensor_parallel_forward_ns: int
     tensor_parallel_backward_ns: int
 

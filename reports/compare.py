@@ -189,6 +189,7 @@ def exposed_ns(timeline: Timeline, rank: int) -> dict[str, int]:
 def _compare_rank(plan: Plan, record: RunRecord, predicted: Timeline, rank: int) -> RankComparison:
     stage = plan.layout.place(rank).pp
     predicted_ns = exposed_ns(predicted, stage)
+    predicted_ns["idle"] += predicted_ns.pop("wait", 0)
     if not any(times.get("send") for times in record.kind_ns):
         # A run whose runtime hides its messages measures them as idle; so is the prediction read.
         predicted_ns["idle"] += predicted_ns.pop("send", 0)

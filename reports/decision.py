@@ -12,6 +12,7 @@ _COMPARED = "Which layouts were compared?"
 _ALONE = "The plan holds no ranking: its layout was given, not searched for."
 _COSTS = (
     "forward", "backward", "send_forward", "send_backward", "all_reduce", "optimizer", "other",
+    "wait",
 )  # fmt: skip
 
 

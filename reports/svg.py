@@ -25,6 +25,7 @@ KIND_COLOURS = {
     "optimizer": "#3f9b78",
     "data": "#b87fae",
     "other": "#8c8984",
+    "wait": "#cfc8ba",
     "idle": "#e3dfd6",
 }
 """Blues compute, warm colours communicate; told apart by lightness too, for grey print."""

@@ -10,6 +10,7 @@ KIND_NAMES = {
     "optimizer": "optimizer",
     "data": "data",
     "other": "other",
+    "wait": "wait",
     "idle": "idle",
 }
 """What a time is spent on, in the order of every table and legend; `idle` is no span kind."""

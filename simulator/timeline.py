@@ -5,9 +5,13 @@ from dataclasses import dataclass, field
 from typing import Literal
 
 Kind = Literal[
-    "forward", "backward", "send", "all_reduce", "optimizer", "data", "other",
+    "forward", "backward", "send", "all_reduce", "optimizer", "data", "other", "wait",
 ]  # fmt: skip
-"""What a span spends its time on; the same words for simulated and measured ones."""
+"""What a span spends its time on; the same words for simulated and measured ones.
+
+`wait` is simulated only: what is expected to pass until the slowest of equal ranks is done. A
+measured wait is a gap.
+"""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

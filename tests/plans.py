@@ -62,7 +62,8 @@ def tiny_plan(
     schedule = SCHEDULES[layout.schedule](layout.pp, layout.num_microbatches)
     costs = StageCost(
         forward=COST, backward=COST, send_forward=COST, send_backward=COST, all_reduce=COST,
-        optimizer=COST, other=COST, tensor_parallel_forward_ns=0, tensor_parallel_backward_ns=0,
+        optimizer=COST, other=COST, wait=COST, tensor_parallel_forward_ns=0,
+        tensor_parallel_backward_ns=0,
     )  # fmt: skip
     memory = StageMemory(
         parameters=1, gradients=1, optimizer=1, activations=1, temporary=1, context=1

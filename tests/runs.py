@@ -168,6 +168,7 @@ def _stage_cost(layout: Layout) -> StageCost:
         all_reduce=cost(6 * MS * (layout.dp > 1)),
         optimizer=cost(8 * MS // layout.pp),
         other=cost(2 * MS),
+        wait=cost(0),
         tensor_parallel_forward_ns=MS * (layout.tp > 1),
         tensor_parallel_backward_ns=MS * (layout.tp > 1),
     )

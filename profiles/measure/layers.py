@@ -7,6 +7,7 @@ planner sums kernels, and multiplies the sum by what these layers took over the 
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import replace
+from statistics import median
 
 import torch
 import torch.distributed as dist
@@ -56,7 +57,7 @@ class LayerTimer:
     def __init__(
         self, shapes: Sequence[Shape], dtypes: Sequence[str], device: torch.device, budget: Budget
     ) -> None:
-        self._times: dict[KernelPoint, list[int]] = {
+        self._passes: dict[KernelPoint, list[list[int]]] = {
             KernelPoint(op=op, dtype=dtype, shape=shape): []
             for dtype in dtypes
             for shape in shapes
@@ -66,17 +67,31 @@ class LayerTimer:
 
     def run_pass(self, on_point: Callable[[str], None]) -> None:
         """Time every layer once more; `on_point` is told what comes next."""
-        for point in self._times:
+        for point in self._passes:
             on_point(point.op)
             if point.op == LAYER_OPS[0]:
                 dist.barrier()
                 both = _time_layers(point, self._device, self._budget)
                 for op, found in zip(LAYER_OPS, both, strict=True):
-                    self._times[replace(point, op=op)] += found
+                    self._passes[replace(point, op=op)].append(found)
 
     def samples(self) -> list[KernelSample]:
-        """Return what was found, the same on all ranks."""
-        return merged(self._times, self._device)
+        """Return what was found, the same on all ranks.
+
+        The passes are moved to one median: what changes between them changes for all ranks, while
+        the spread of a layer is to tell by how much equal ranks differ at one time.
+        """
+        return merged({point: _level(found) for point, found in self._passes.items()}, self._device)
+
+
+def _level(passes: Sequence[Sequence[int]]) -> list[int]:
+    """Return the times of all `passes`, each scaled to the median of their medians.
+
+    >>> _level([[10, 10, 20], [30, 30, 30]])
+    [20, 20, 40, 20, 20, 20]
+    """
+    middle = median(median(times) for times in passes) if passes else 0.0
+    return [round(time * middle / median(times)) for times in passes for time in times]
 
 
 def _time_layers(
