@@ -25,7 +25,8 @@ def uniform(num_stages: int, send_ns: int = 0) -> list[StageCost]:
     return [
         StageCost(
             forward=cost(F_NS), backward=cost(B_NS), send_forward=cost(send_ns),
-            send_backward=cost(send_ns), all_reduce=cost(0), optimizer=cost(0), other=cost(0), wait=cost(0),
+            send_backward=cost(send_ns), all_reduce=cost(0), optimizer=cost(0), other=cost(0),
+            wait=cost(0),
             tensor_parallel_forward_ns=0, tensor_parallel_backward_ns=0,
         )
         for _ in range(num_stages)
