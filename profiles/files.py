@@ -131,7 +131,9 @@ def from_plain(cls: type[T], data: Any, where: str, fix: str) -> T:
             [
                 Problem(
                     where=f"{where}: {'.'.join(map(str, problem['loc']))}",
-                    found=json.dumps(problem["input"], default=str)[:60],
+                    found="missing"
+                    if problem["type"] == "missing"
+                    else json.dumps(problem["input"], default=str)[:60],
                     rule=f"must satisfy: {problem['msg'].lower()}",
                     fix=fix,
                 )

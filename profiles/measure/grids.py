@@ -36,12 +36,12 @@ def _doublings(first: int, last: int) -> Shape:
 # One row of axes per family of ops; the reference kernel of `profiles.lookup` is in each.
 _AXES: dict[tuple[str, bool], dict[str, tuple[tuple[int, ...], ...]]] = {
     ("cpu", True): {
-        "linear": ((128, 512, 2048), (128, 256, 512, 1024), (128, 256, 512, 1024)),
+        "linear": ((128, 512, 2048), (64, 256, 512, 1024), (64, 256, 512, 1024)),
         "attention": ((1, 8), (2, 8), (64, 128, 256, 512), (32, 64)),
         "norm": ((128, 256, 512, 1024, 2048), (128, 256, 512, 1024)),
         "elementwise": (_doublings(12, 21),),
         "add": (_doublings(12, 23),),
-        "embedding": ((256, 1024, 2048), (128, 256, 512), (256, 8192)),
+        "embedding": ((256, 1024, 2048), (128, 256, 512), (64, 8192)),
         "cross_entropy": ((128, 512, 2048), (128, 256, 512, 4096)),
         "adamw": (_doublings(12, 23),),
     },
