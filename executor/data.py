@@ -46,8 +46,16 @@ def load_stream(path: Path | None) -> TokenStream:
     A folder is read recursively in sorted order; hidden and binary files are left out. Raises
     InvalidInputError where there is nothing to read.
     """
-    if path is None:
-        return _standard_library()
+    try:
+        return _standard_library() if path is None else _stream(path)
+    except OSError as error:
+        reason = (error.strerror or str(error)).lower()
+        raise InvalidInputError(
+            [f"{error.filename or path}: {reason}; name text files that can be read"]
+        ) from None
+
+
+def _stream(path: Path) -> TokenStream:
     if path.is_file():
         if _is_binary(path):
             raise InvalidInputError(

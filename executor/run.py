@@ -109,7 +109,13 @@ def run_plans(
     """
     _check_run(plans, directories, data, num_steps)
     for plan, directory in zip(plans, directories, strict=True):
-        directory.mkdir(parents=True, exist_ok=True)
+        try:
+            directory.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            reason = (error.strerror or str(error)).lower()
+            raise InvalidInputError(
+                [f"{directory}: cannot be made ({reason}); name a new folder with -o"]
+            ) from None
         save_plan(plan, directory / "plan.json")
     job = RunJob(
         directories=tuple(str(directory.resolve()) for directory in directories),
@@ -134,7 +140,7 @@ def _launch(job: Path, num_ranks: int, worker: str, follower: "_Follower") -> No
                 follower.follow()
                 time.sleep(_POLL_S)
     except RanksFailedError as error:
-        if cause := first_failure(job, num_ranks):
+        if "was killed" not in str(error) and (cause := first_failure(job, num_ranks)):
             raise RanksFailedError(cause) from error
         raise
     follower.follow()

@@ -26,7 +26,7 @@ def run_job(path: Path, on_gradients: GradientHook | None = None) -> None:
     for index, name in enumerate(job.directories):
         directory = Path(name)
         plan = load_plan(directory / "plan.json")
-        with joined(f"plan{index}") as device:
+        with joined(f"plan{index}", plan.profile.device.kind) as device:
             slowdown = _slowdown(device, plan.workload.dtype, job.reference_ns)
             train(plan, directory, stream, job.num_steps, device, slowdown, on_gradients)
         free_memory()

@@ -4,7 +4,7 @@ Imports of the packages stand inside the commands, so that `layline --help` need
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
@@ -59,9 +59,10 @@ def profile(device: "Device", ranks: int | None, quick: bool, output: Path) -> N
     """Measure kernels, links and host costs here."""
     from layline.show import progress_bar
     from layline.walk import measure_profile
-    from profiles.files import canonical_json, write_text
+    from profiles.files import canonical_json, check_writable, write_text
     from profiles.machine import default_ranks
 
+    check_writable(output)
     with progress_bar("profile") as progress:
         measured = measure_profile(
             ranks or default_ranks()[0], device, quick=quick, progress=progress
@@ -94,6 +95,7 @@ def plan(
     from layline.walk import plan_job
     from planner.plan import save_plan
 
+    _spare([job], output)
     seeded = overrides if seed is None else (*overrides, f"seed={seed}")
     with progress_bar("measuring this machine once") as progress:
         best, _ = plan_job(job, seeded, progress)
@@ -115,6 +117,7 @@ def simulate(plan: Path, trace: Path | None, as_json: bool) -> None:
     from profiles.files import write_bytes
     from simulator.trace import perfetto_trace
 
+    _spare([plan], trace)
     loaded = load_plan(plan)
     timeline = simulate_plan(loaded)
     if trace is not None:
@@ -137,15 +140,18 @@ def run(plan: Path, steps: int, data: Path | None, output: Path) -> None:
 
     loaded = load_plan(plan)
     predicted = duration(loaded.step.p50_ns)
-    with progress_bar("run") as progress:
-        run_series(
-            [loaded], [output], data=data, num_steps=steps,
-            on_step=lambda _, step: progress(
-                step.step / steps,
-                f"step {step.step} loss {step.loss:.3f} {duration(step.step_ns)} "
-                f"(predicted {predicted})",
-            ),
-        )  # fmt: skip
+    try:
+        with progress_bar("run") as progress:
+            run_series(
+                [loaded], [output], data=data, num_steps=steps,
+                on_step=lambda _, step: progress(
+                    step.step / steps,
+                    f"step {step.step} loss {step.loss:.3f} {duration(step.step_ns)} "
+                    f"(predicted {predicted})",
+                ),
+            )  # fmt: skip
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt(_kept(output, steps)) from None
     _, record = load_run(output)
     click.echo(
         f"{loaded.layout}   {len(record.steps)} steps, loss {record.steps[0].loss:.4f} -> "
@@ -166,6 +172,7 @@ def compare(directory: Path, recalibrate: Path | None, as_json: bool) -> None:
     from reports.compare import compare as compare_run
     from reports.compare import format_comparison
 
+    _spare([directory], recalibrate)
     planned, record = load_run(directory)
     comparison = compare_run(planned, record, simulate_plan(planned))
     _print(comparison, format_comparison(comparison), as_json)
@@ -182,6 +189,7 @@ def report(inputs: tuple[Path, ...], output: Path) -> None:
     from profiles.files import write_text
     from reports.page import build_report
 
+    _spare(inputs, output)
     write_text(output, build_report(inputs))
     click.echo(f"wrote {output}")
 
@@ -207,6 +215,27 @@ def demo(output: Path | None) -> None:
     from layline.demo import demonstrate
 
     demonstrate(output or Path("layline-demo"))
+
+
+def _spare(inputs: Sequence[Path], output: Path | None) -> None:
+    """Raise InvalidInputError where writing `output` would overwrite one of `inputs`."""
+    from profiles.errors import InvalidInputError
+
+    files = [path / name for path in inputs for name in ("", "plan.json", "record.json")]
+    if output is not None and output.resolve() in [path.resolve() for path in files]:
+        raise InvalidInputError([f"{output}: is also read; name another file to write"])
+
+
+def _kept(directory: Path, num_steps: int) -> str:
+    """Return what an interrupted run has left in `directory`, and how to go on."""
+    from planner.record import read_steps
+
+    if not (num_done := len(read_steps(directory))):
+        return "no step was done yet; run it again, with a new folder for -o"
+    return (
+        f"{num_done} of {num_steps} steps are in {directory}/steps.jsonl, and there is no record; "
+        "run it again, with a new folder for -o"
+    )
 
 
 def _print(value: object, text: str, as_json: bool) -> None:

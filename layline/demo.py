@@ -25,11 +25,17 @@ def demonstrate(directory: Path) -> None:
 
     Raises InvalidInputError when `directory` holds something already.
     """
-    if directory.exists() and any(directory.iterdir()):
+    try:
+        directory.mkdir(parents=True, exist_ok=True)
+        is_empty = not any(directory.iterdir())
+    except OSError as error:
+        raise InvalidInputError(
+            [f"{directory}: {(error.strerror or str(error)).lower()}; name a new folder with -o"]
+        ) from None
+    if not is_empty:
         raise InvalidInputError(
             [f"{directory}: holds files already; remove it or name another with -o"]
         )
-    directory.mkdir(parents=True, exist_ok=True)
     began = time.monotonic()
     plans = _plan(directory)
     _train(directory, plans)

@@ -17,7 +17,7 @@ from profiles.errors import InvalidInputError, UnsupportedError
 from profiles.files import canonical_json, digest, write_text
 from profiles.job import Job, read_job
 from profiles.profile import Profile
-from profiles.store import load_profile, stored_profile, stored_profile_path
+from profiles.store import load_profile, make_room, stored_profile, stored_profile_path
 
 Device = Literal["auto", "cpu", "cuda"]
 Progress = Callable[[float, str], None]
@@ -46,7 +46,7 @@ def profile_for(
     `auto` is this machine's own: measured quickly and kept the first time, read afterwards.
     """
     if job.profile_path:
-        path = job_path.parent / job.profile_path
+        path = Path(job.profile_path)  # seen from the job file already
         return load_profile(path), path
     if not job.cluster.local_device:
         raise UnsupportedError(
@@ -57,8 +57,8 @@ def profile_for(
     device = job.cluster.local_device
     path = stored_profile_path(num_ranks, device)
     if (profile := stored_profile(num_ranks, device)) is None:
+        make_room(path)
         profile = measure_profile(num_ranks, device, quick=True, progress=progress)
-        path.parent.mkdir(parents=True, exist_ok=True)
         write_text(path, canonical_json(profile))
     return profile, path
 
@@ -70,7 +70,9 @@ def plan_job(
     job = read_job(job_path, overrides)
     profile, profile_path = profile_for(job, job_path, progress)
     result = search(job, profile)
-    return make_plan(job, profile, str(profile_path), result, 0, __version__), result
+    # Whole, since the plan may be read in another folder; and UTF-8, since JSON is.
+    where = str(profile_path.resolve()).encode(errors="replace").decode()
+    return make_plan(job, profile, where, result, 0, __version__), result
 
 
 def run_series(

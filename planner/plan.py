@@ -1,5 +1,6 @@
 """`Plan`: inputs, layout, schedule, costs and estimate in one canonical file, sealed by digests."""
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 from planner.layout import Layout
 from planner.schedule import Schedule, parse_schedule
 from profiles.cluster import ClusterSpec
+from profiles.errors import InvalidInputError
 from profiles.files import canonical_json, digest, from_plain, read_json, write_text
 from profiles.model import ModelSpec
 from profiles.profile import Cost, DeviceFacts
@@ -150,10 +152,12 @@ def load_plan(path: Path) -> Plan:
     """
     data = read_json(path, "plan made by `layline plan`")
     fix = "make it again with `layline plan`"
-    if isinstance(data, dict) and data.get("schema_version") != PLAN_SCHEMA_VERSION:
-        version = data.get("schema_version", "missing")
+    if isinstance(data, dict) and data.get("schema_version", PLAN_SCHEMA_VERSION) != (
+        PLAN_SCHEMA_VERSION
+    ):
         raise StalePlanError(
-            f"{path}: schema_version is {version}; this version reads {PLAN_SCHEMA_VERSION}; {fix}"
+            f"{path}: schema_version is {json.dumps(data['schema_version'])}; "
+            f"this version reads {PLAN_SCHEMA_VERSION}; {fix}"
         )
     plan = from_plain(Plan, data, str(path), fix)
     sections = [field.name for field in fields(Plan) if field.name not in _SEALS]
@@ -167,4 +171,27 @@ def load_plan(path: Path) -> Plan:
             f"{path}: changed by hand since it was planned: {', '.join(changed)}; "
             "change the job file instead and run `layline plan` again"
         )
+    if problem := _inconsistency(plan):
+        raise InvalidInputError([f"{path}: {problem}; {fix}"])
     return plan
+
+
+def _inconsistency(plan: Plan) -> str:
+    """Return what does not fit together in a plan whose digests hold, empty if all does."""
+    stages = {len(plan.costs), len(plan.memory), plan.layout.pp}
+    if len(stages) > 1:
+        return f"costs, memory and layout speak of {sorted(stages)} stages"
+    if sum(plan.layout.stage_layers) != plan.model.num_layers:
+        return f"layout.stage_layers does not sum to {plan.model.num_layers} layers"
+    if plan.ranking and not 0 <= plan.chosen < len(plan.ranking):
+        return f"chosen is {plan.chosen}; the ranking has {len(plan.ranking)} layouts"
+    try:
+        schedule = plan.parsed_schedule()
+    except ValueError as error:
+        return str(error)
+    if (schedule.num_stages, schedule.num_microbatches) != (
+        plan.layout.pp,
+        plan.layout.num_microbatches,
+    ):
+        return f"the schedule is not one of layout {plan.layout}"
+    return ""

@@ -20,6 +20,7 @@ from planner.schedule import SCHEDULES
 from profiles.errors import UnsupportedError
 from profiles.files import digest
 from profiles.job import Job, SearchLimits
+from profiles.machine import known_gpu
 from profiles.model import ModelSpec
 from profiles.profile import Profile
 from profiles.quantity import format_quantity
@@ -119,7 +120,9 @@ def _check_supported(job: Job, profile: Profile) -> None:
             "(rmsnorm, swiglu, rope, no biases)"
         )
     wanted = job.cluster.local_device
-    if wanted and profile.device.kind != wanted:
+    if not wanted:
+        _check_same_gpu(job, profile)
+    elif profile.device.kind != wanted:
         raise UnsupportedError(
             f"the profile measured {profile.device.kind}, the job asks for {wanted}; measure it "
             f"with `layline profile --device {wanted}`, or set cluster.device"
@@ -129,6 +132,19 @@ def _check_supported(job: Job, profile: Profile) -> None:
             f"the profile measured {profile.device.num_ranks} ranks of {profile.device.name}, the "
             f"job asks for {job.cluster.num_ranks}; profile as many, or set cluster.ranks lower"
         )
+
+
+def _check_same_gpu(job: Job, profile: Profile) -> None:
+    """Raise UnsupportedError when the profile is known to be of other GPUs than the cluster's."""
+    measured = known_gpu(profile.device.name)
+    for pool in job.cluster.pools:
+        is_other = measured is not None and measured.name != pool.gpu.name
+        if profile.device.kind == "cpu" or is_other:
+            raise UnsupportedError(
+                f"the profile measured {profile.device.name} ({profile.device.kind}), the cluster "
+                f"has {pool.gpu.name}; run `layline profile -o FILE` on one of its nodes and set "
+                "profile to that file"
+            )
 
 
 def _degrees(num_ranks: int) -> Iterator[tuple[int, int, int]]:

@@ -3,13 +3,17 @@
 import dataclasses
 import hashlib
 import json
+import math
 import os
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from profiles.errors import InvalidInputError, Problem
+
+if TYPE_CHECKING:
+    from pydantic_core import ErrorDetails
 
 T = TypeVar("T")
 MAX_FILE_BYTES = 64 << 20
@@ -50,24 +54,47 @@ def write_text(path: Path, text: str) -> None:
 def write_bytes(path: Path, data: bytes) -> None:
     """Write `data` to `path` whole or not at all: a temporary file beside it, then a move.
 
-    Raises InvalidInputError when the folder is missing or cannot be written.
+    Raises InvalidInputError when the folder is missing or cannot be written, and for a `path` that
+    is something else than a file.
     """
+    temporary = _beside(path)
     try:
-        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
-    except OSError as error:
-        raise InvalidInputError(
-            [f"{path}: cannot be written ({error.strerror}); name a file in a folder that exists"]
-        ) from None
-    try:
-        with os.fdopen(handle, "wb") as file:
+        with temporary.open("wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        Path(temporary).chmod(0o644)
-        Path(temporary).replace(path)
-    except BaseException:
-        Path(temporary).unlink()
+        temporary.chmod(0o644)
+        temporary.replace(path)
+    except BaseException as error:
+        temporary.unlink(missing_ok=True)
+        if isinstance(error, OSError):
+            raise _unwritable(path, error) from None
         raise
+
+
+def check_writable(path: Path) -> None:
+    """Raise what `write_bytes` would raise at `path`: asked before work that takes long."""
+    _beside(path).unlink()
+
+
+def _beside(path: Path) -> Path:
+    """Return a new file in the folder of `path`, which is a file or nothing yet."""
+    try:
+        # A move would put a file in the place of a device such as /dev/null.
+        if path.exists() and not path.is_file():
+            raise InvalidInputError([f"{path}: is a folder or a device; name a file"])
+        handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.")
+    except OSError as error:
+        raise _unwritable(path, error) from None
+    os.close(handle)
+    return Path(temporary)
+
+
+def _unwritable(path: Path, error: OSError) -> InvalidInputError:
+    reason = (error.strerror or str(error)).lower()
+    return InvalidInputError(
+        [f"{path}: cannot be written ({reason}); name a file in a folder that exists"]
+    )
 
 
 def read_text(path: Path, what: str) -> str:
@@ -78,7 +105,7 @@ def read_text(path: Path, what: str) -> str:
     try:
         if path.stat().st_size > MAX_FILE_BYTES:
             raise InvalidInputError([f"{path}: over {MAX_FILE_BYTES >> 20} MiB; not a {what}"])
-        return path.read_text(encoding="utf-8")
+        return path.read_text(encoding="utf-8-sig")  # some editors write a mark in front
     except OSError as error:
         reason = (error.strerror or str(error)).lower()
         raise InvalidInputError(
@@ -92,6 +119,13 @@ def read_text(path: Path, what: str) -> str:
 
 def _refuse_constant(constant: str) -> NoReturn:
     raise ValueError(f"{constant} is not a number")
+
+
+def _finite(number: str) -> float:
+    value = float(number)
+    if not math.isfinite(value):
+        raise ValueError(f"{number} is too large")
+    return value
 
 
 def _refuse_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
@@ -111,8 +145,9 @@ def read_json(path: Path, what: str) -> Any:
     text = read_text(path, what)
     try:
         return json.loads(
-            text, parse_constant=_refuse_constant, object_pairs_hook=_refuse_duplicates
-        )
+            text, parse_float=_finite, parse_constant=_refuse_constant,
+            object_pairs_hook=_refuse_duplicates,
+        )  # fmt: skip
     except (ValueError, RecursionError) as error:
         raise InvalidInputError([f"{path}: not a {what}: {error}"]) from None
 
@@ -127,22 +162,24 @@ def from_plain(cls: type[T], data: Any, where: str, fix: str) -> T:
     try:
         value: T = TypeAdapter(cls).validate_json(json.dumps(data), strict=True)
     except ValidationError as error:
-        raise InvalidInputError(
-            [
-                Problem(
-                    where=f"{where}: {'.'.join(map(str, problem['loc']))}",
-                    found="missing"
-                    if problem["type"] == "missing"
-                    else json.dumps(problem["input"], default=str)[:60],
-                    rule=f"must satisfy: {problem['msg'].lower()}",
-                    fix=fix,
-                )
-                for problem in error.errors(include_url=False)
-            ]
-        ) from None
+        problems = error.errors(include_url=False)
+        known = TypeAdapter(cls).json_schema().get("properties", {})
+        if not isinstance(data, dict) or len(data.keys() & known) < len(known) / 2:
+            raise InvalidInputError([f"{where}: holds no {cls.__name__}; {fix}"]) from None
+        raise InvalidInputError([_problem(problem, where, fix) for problem in problems]) from None
     if unknown := sorted(_unknown_keys(data, plain(value), "")):
         raise InvalidInputError([f"{where}: unknown key {key}; {fix}" for key in unknown])
     return value
+
+
+def _problem(problem: "ErrorDetails", where: str, fix: str) -> Problem:
+    is_missing = problem["type"] == "missing"
+    return Problem(
+        where=f"{where}: {'.'.join(map(str, problem['loc']))}",
+        found="missing" if is_missing else json.dumps(problem["input"], default=str)[:60],
+        rule="must be given" if is_missing else f"must satisfy: {problem['msg'].lower()}",
+        fix=fix,
+    )
 
 
 def _unknown_keys(data: Any, known: Any, at: str) -> list[str]:

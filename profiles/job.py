@@ -233,7 +233,11 @@ def _resolve_profile(data: dict[str, Any], found: Found) -> str:
     if given == "auto":
         return ""
     path = found.path.parent / given
-    if "\0" in given or not path.is_file():
+    try:
+        is_file = "\0" not in given and path.is_file()
+    except OSError:  # a name that is too long
+        is_file = False
+    if not is_file:
         found.add("profile", f'"{given[:60]}"', 'must be "auto" or a file, seen from the job file',
                   "measure one with: layline profile -o FILE")  # fmt: skip
         return ""

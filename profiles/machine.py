@@ -179,7 +179,7 @@ def _cuda_rank(num_ranks: int, today: str) -> GpuSpec:
                      fix='use fewer ranks, or device = "cpu"')]
         )  # fmt: skip
     gpu = min(gpus[:num_ranks], key=lambda facts: facts.memory_bytes)
-    known = _known_gpu(gpu.name)
+    known = known_gpu(gpu.name)
     return GpuSpec(
         name=gpu.name,
         memory_bytes=gpu.memory_bytes,
@@ -191,7 +191,7 @@ def _cuda_rank(num_ranks: int, today: str) -> GpuSpec:
     )
 
 
-def _known_gpu(name: str) -> GpuSpec | None:
+def known_gpu(name: str) -> GpuSpec | None:
     """Return the preset whose every word stands in the driver's `name`, or None.
 
     "NVIDIA H100 80GB HBM3" is the SXM part: only PCIe and NVL boards have those words in the name.

@@ -1,14 +1,19 @@
 """This machine's own profile, kept in the user's cache so that it is measured once."""
 
+import json
 import os
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 from profiles.errors import InvalidInputError
-from profiles.files import load
+from profiles.files import check_writable, from_plain, read_json
 from profiles.profile import PROFILE_SCHEMA_VERSION, Profile
 
 FIX = "measure it again with `layline profile`"
+KEEP = (
+    "set XDG_CACHE_HOME to a folder that can be written, or name a file made by "
+    "`layline profile -o FILE` as profile in the job"
+)
 
 
 def load_profile(path: Path) -> Profile:
@@ -16,28 +21,47 @@ def load_profile(path: Path) -> Profile:
 
     Raises InvalidInputError for a file that is missing, no profile, or of another schema.
     """
-    profile = load(Profile, path, "profile made by `layline profile`", FIX)
-    if profile.schema_version != PROFILE_SCHEMA_VERSION:
+    data = read_json(path, "profile made by `layline profile`")
+    # The version is told first: a file of another one has other keys.
+    if isinstance(data, dict) and data.get("schema_version", 0) != PROFILE_SCHEMA_VERSION:
+        found = json.dumps(data.get("schema_version", "missing"))[:60]
         raise InvalidInputError(
             [
-                f"{path}: schema_version is {profile.schema_version}; "
+                f"{path}: schema_version is {found}; "
                 f"this version reads {PROFILE_SCHEMA_VERSION}; {FIX}"
             ]
         )
-    return profile
+    return from_plain(Profile, data, str(path), FIX)
 
 
 def stored_profile_path(num_ranks: int, device_kind: str) -> Path:
-    """Return where the profile of `num_ranks` ranks of this machine is kept."""
-    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    """Return where the profile of `num_ranks` ranks of this machine is kept.
+
+    Raises InvalidInputError for a user without a home folder.
+    """
+    try:
+        cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache")
+    except RuntimeError:
+        raise InvalidInputError([f"there is no home folder to keep a profile in; {KEEP}"]) from None
     return cache / "layline" / f"profile-{num_ranks}-{device_kind}-ranks.json"
+
+
+def make_room(path: Path) -> None:
+    """Make the folder of `path`, a stored profile; before a measurement that takes a minute.
+
+    Raises InvalidInputError where it cannot be made or written.
+    """
+    try:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        check_writable(path)
+    except (OSError, InvalidInputError):
+        raise InvalidInputError([f"{path}: a profile cannot be kept there; {KEEP}"]) from None
 
 
 def stored_profile(num_ranks: int, device_kind: str) -> Profile | None:
     """Return the kept profile, or None if there is none that holds for what is installed now."""
-    path = stored_profile_path(num_ranks, device_kind)
     try:
-        profile = load_profile(path)
+        profile = load_profile(stored_profile_path(num_ranks, device_kind))
         is_current = profile.versions["torch"].split("+")[0] == version("torch").split("+")[0]
     except (InvalidInputError, PackageNotFoundError, KeyError):
         return None

@@ -116,7 +116,7 @@ def made_up_job(num_ranks: int) -> Job:
         seed=0,
         model=TINY,
         workload=Workload(seq_len=16, global_batch=8),
-        cluster=ClusterSpec(name="made-up", pools=(pool,)),
+        cluster=ClusterSpec(name="made-up", pools=(pool,), local_device="cpu"),
         stack=StackSpec(
             name="made-up",
             overlaps_gradients=False,

@@ -1,13 +1,20 @@
 """The commands as a user meets them: what they print, and what they say of bad input."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import IO
 
 import pytest
 from click.testing import CliRunner, Result
 
+from layline import walk
 from layline.cli import main
+from planner.plan import load_plan
 from profiles.files import canonical_json
 from tests.machine import made_up_profile
 
@@ -169,3 +176,148 @@ def test_doctor_says_what_works(call: Call) -> None:
     findings = json.loads(call("doctor", "--json").stdout)
     assert findings["can"]["plan"]
     assert findings["num_ranks"] >= 2
+
+
+def test_a_job_in_another_folder(call: Call, tmp_path: Path) -> None:
+    Path("deep").mkdir()
+    for name in ("job.toml", "profile.json"):
+        Path(name).rename(f"deep/{name}")
+    result = call("plan", "deep/job.toml", "-o", "plan.json")
+    assert result.exit_code == 0, result.output
+    assert load_plan(Path("plan.json")).profile.path == str(tmp_path / "deep" / "profile.json")
+
+
+def test_what_cannot_be_written(call: Call) -> None:
+    call("plan", "job.toml", "-o", "plan.json")
+    Path("folder").mkdir()
+    os.mkfifo("pipe")
+    for target, word in {
+        "folder": "is a folder or a device",
+        "pipe": "is a folder or a device",
+        "none/x": "no such file or directory",
+        "plan.json/x": "not a directory",
+    }.items():
+        for command in (
+            ["plan", "job.toml", "-o"],
+            ["simulate", "plan.json", "--trace"],
+            ["report", "plan.json", "-o"],
+            ["profile", "-o"],
+        ):
+            result = call(*command, target)
+            assert result.exit_code == 3
+            assert f"{target}: " in result.stderr
+            assert word in result.stderr
+    left = {path.name for path in Path().iterdir()}
+    assert left == {"folder", "job.toml", "pipe", "plan.json", "profile.json"}
+    assert Path("pipe").is_fifo()
+
+
+def test_an_input_is_not_overwritten(call: Call) -> None:
+    call("plan", "job.toml", "-o", "plan.json")
+    Path("run").mkdir()
+    Path("run/plan.json").write_bytes(Path("plan.json").read_bytes())
+    for command in (
+        ["plan", "job.toml", "-o", "job.toml"],
+        ["simulate", "plan.json", "--trace", "run/../plan.json"],
+        ["report", "plan.json", "run", "-o", "run/plan.json"],
+        ["compare", "run", "--recalibrate", "run/record.json"],
+    ):
+        result = call(*command)
+        assert result.exit_code == 3
+        assert "is also read; name another file to write" in result.stderr
+    assert Path("job.toml").read_text() == JOB
+    assert load_plan(Path("run/plan.json"))
+
+
+def test_a_file_of_another_kind(call: Call) -> None:
+    call("plan", "job.toml", "-o", "plan.json")
+    Path("list.json").write_text("[]")
+    Path("inf.json").write_text('{"schema_version": 1, "seed": 1e999}')
+    edit("profile.json", '"schema_version": ', '"schema_version": 9')
+    for command, words in {
+        ("simulate", "list.json"): "list.json: holds no Plan",
+        ("simulate", "inf.json"): "1e999 is too large",
+        ("plan", "job.toml"): "this version reads",
+        ("plan", "job.toml", "--set", "profile=plan.json"): "plan.json: holds no Profile",
+        ("plan", "job.toml", "--set", f"profile={'a' * 3000}"): 'must be "auto" or a file',
+    }.items():
+        result = call(*command)
+        assert result.exit_code == 3
+        assert words in result.stderr
+        assert len(result.stderr.splitlines()) == 1
+
+
+def test_a_byte_order_mark_is_read_over(call: Call) -> None:
+    Path("job.toml").write_text(JOB, encoding="utf-8-sig")
+    assert call("plan", "job.toml").exit_code == 0
+
+
+def test_a_profile_that_cannot_be_kept_is_not_measured(
+    call: Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(walk, "measure_profile", lambda *_, **__: pytest.fail("measured"))
+    edit("job.toml", '"profile.json"', '"auto"')
+    monkeypatch.setenv("XDG_CACHE_HOME", "job.toml")
+    result = call("plan", "job.toml")
+    assert result.exit_code == 3
+    assert "a profile cannot be kept there; set XDG_CACHE_HOME" in result.stderr
+    monkeypatch.delenv("XDG_CACHE_HOME")
+
+    def no_home() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", no_home)
+    result = call("plan", "job.toml")
+    assert result.exit_code == 3
+    assert "there is no home folder to keep a profile in" in result.stderr
+    assert call("doctor").exit_code == 0
+
+
+def test_bad_folders_and_text_for_a_run(call: Call) -> None:
+    call("plan", "job.toml", "-o", "plan.json")
+    Path("empty").mkdir()
+    for arguments, words in {
+        ("-o", "plan.json/x"): "cannot be made (not a directory)",
+        ("-o", "out", "--data", "empty"): "empty: holds no text",
+        ("-o", "out", "--data", "n" * 300): "file name too long",
+    }.items():
+        result = call("run", "plan.json", *arguments)
+        assert result.exit_code == 3
+        assert words in result.stderr
+    assert call("demo", "-o", "plan.json").exit_code == 3
+    assert not Path("out").exists()
+
+
+@pytest.mark.usefixtures("call")
+def test_a_full_disk_behind_stdout_is_one_line() -> None:
+    with Path("/dev/full").open("w") as full:
+        done = layline("plan", "job.toml", stdout=full)
+    assert done.returncode == 1
+    assert done.stderr.strip() == "layline: [Errno 28] No space left on device"
+
+
+@pytest.mark.usefixtures("call")
+def test_a_closed_pipe_is_no_error_of_ours() -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = layline("plan", "job.toml", "--json", stdout=writing)
+    os.close(writing)
+    assert done.stderr == ""
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_signals_interrupt(call: Call, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
+    monkeypatch.setattr(walk, "plan_job", lambda *_: signal.raise_signal(number))
+    result = call("plan", "job.toml", "-o", "plan.json")
+    assert result.exit_code == 6
+    assert result.stderr == "layline: interrupted\n"
+    assert not Path("plan.json").exists()
+
+
+def layline(*arguments: str, stdout: IO[str] | int) -> "subprocess.CompletedProcess[str]":
+    """Return how a real process of the command ended."""
+    return subprocess.run(
+        [sys.executable, "-m", "layline", *arguments],
+        env=os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)},
+        stdout=stdout, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip

@@ -140,6 +140,19 @@ def test_a_model_that_is_no_llama_is_refused_by_name() -> None:
         search(job(model=gpt), PROFILE)
 
 
+def test_a_profile_of_another_machine_is_refused_by_name() -> None:
+    elsewhere = replace(job().cluster, local_device="")
+    with pytest.raises(
+        UnsupportedError, match=r"measured made-up \(cpu\), the cluster has made-up"
+    ):
+        search(job(cluster=elsewhere), PROFILE)
+    h200 = replace(PROFILE, device=replace(PROFILE.device, kind="cuda", name="NVIDIA H200"))
+    with pytest.raises(UnsupportedError, match="measured NVIDIA H200"):
+        search(job(cluster=elsewhere), h200)
+    with pytest.raises(UnsupportedError, match="measured cuda, the job asks for cpu"):
+        search(job(), h200)
+
+
 def test_memory_of_a_stage() -> None:
     layout = Layout(dp=1, tp=2, pp=2, micro_batch=1, num_microbatches=4, stage_layers=(2, 2))
     schedule = one_f_one_b(2, 4)

@@ -15,6 +15,7 @@ from profiles.lookup import REFERENCE_OP, REFERENCE_SHAPES, CostTable
 from profiles.measure import grids
 from profiles.measure.kernels import OPS, Arena, buffer_sets
 from profiles.measure.links import group_sizes, link_points
+from profiles.measure.ranks import failure_reason
 from profiles.measure.reference import reference_ns
 from profiles.measure.run import measure
 from profiles.measure.timing import Budget, quantiles, time_calls
@@ -111,3 +112,13 @@ def test_host_costs_of_ranks_that_talk() -> None:
     assert profile.kernels == ()
     assert profile.host_ns.keys() == set(only)
     assert profile.host_ns["dtensor_linear"] > 0
+
+
+def test_a_killed_rank_is_named_and_those_that_torchrun_ended_are_not() -> None:
+    log = (
+        "[rank0]: RuntimeError: Connection reset by peer\n"
+        "  rank      : 0 (local_rank: 0)\n  exitcode  : -15 (pid: 7)\n"
+        "  rank      : 1 (local_rank: 1)\n  exitcode  : -9 (pid: 8)\n"
+    )
+    assert failure_reason(log) == "rank 1 was killed by SIGKILL, often for want of memory"
+    assert failure_reason("ValueError: sad\n") == "ValueError: sad"

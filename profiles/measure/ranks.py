@@ -6,6 +6,8 @@ told to use the loopback interface.
 """
 
 import os
+import re
+import signal
 import subprocess
 import sys
 import tempfile
@@ -68,11 +70,17 @@ def launched(
                     process.terminate()
                     process.wait()
         if process.returncode:
-            raise RanksFailedError(_reason(log.read_text(errors="replace")))
+            raise RanksFailedError(failure_reason(log.read_text(errors="replace")))
 
 
-def _reason(log: str) -> str:
-    """Return the last lines that a rank printed before torchrun's own report."""
+def failure_reason(log: str) -> str:
+    """Return which rank was killed, else the last lines printed before torchrun's own report."""
+    for rank, number in re.findall(r"rank\s+: (\d+).*\n\s*exitcode\s+: -(\d+)", log):
+        # torchrun itself ends the ranks that are left over, with SIGTERM.
+        if int(number) != signal.SIGTERM:
+            name = signal.Signals(int(number)).name
+            why = ", often for want of memory" if name == "SIGKILL" else ""
+            return f"rank {rank} was killed by {name}{why}"
     lines = [line for line in log.splitlines() if line.strip()]
     own = [i for i, line in enumerate(lines) if "torch/distributed/elastic" in line]
     end = own[0] if own else len(lines)
@@ -80,14 +88,15 @@ def _reason(log: str) -> str:
 
 
 @contextmanager
-def joined(group: str = "world") -> Iterator[torch.device]:
+def joined(group: str = "world", device_kind: str = "auto") -> Iterator[torch.device]:
     """Join the process group of the launched ranks as this rank; yield the rank's device.
 
     `group` names the store, so that one launch can hold several groups one after another.
+    `device_kind` is `cpu`, `cuda`, or `auto`: a GPU where there is one for each rank.
     """
     rank, num_ranks = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
     device = torch.device("cpu")
-    if torch.cuda.is_available() and torch.cuda.device_count() >= num_ranks:
+    if device_kind == "cuda" or (device_kind == "auto" and torch.cuda.device_count() >= num_ranks):
         device = torch.device("cuda", int(os.environ["LOCAL_RANK"]))
         torch.cuda.set_device(device)
     store = FileStore(f"{os.environ[STORE_VARIABLE]}-{group}", num_ranks)

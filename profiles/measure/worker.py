@@ -42,13 +42,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--output", type=Path, required=True)
     parser.add_argument("--progress", type=Path)
     options = parser.parse_args(arguments)
-    if options.device == "cpu":
-        os.environ["CUDA_VISIBLE_DEVICES"] = ""
     if "OMP_NUM_THREADS" in os.environ:
         torch.set_num_threads(int(os.environ["OMP_NUM_THREADS"]))
     torch.manual_seed(int(os.environ["RANK"]))
     gc.disable()  # a collection inside a timed call would be charged to the kernel
-    with joined() as device:
+    with joined(device_kind=options.device) as device:
         profile = measure_here(device, options.quick, options.only, options.progress)
         if dist.get_rank() == 0:
             write_text(options.output, canonical_json(profile))
