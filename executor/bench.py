@@ -22,20 +22,19 @@ MODEL = ModelSpec(
     name="bench", num_layers=4, hidden=256, num_heads=8, num_kv_heads=4, head_size=32, ffn=704,
     vocab=256, max_seq_len=256,
 )  # fmt: skip
-_BLOCK_STEPS = 2
+_BLOCK_STEPS = 1
 
 
 def bench_executor(num_steps: int = 48) -> dict[str, float | int | str]:
     """Return the throughput of the executor on one rank, that of a hand-written loop, the ratio.
 
-    Both train the same model on the same text, in blocks of 2 steps that take turns, `num_steps`
-    each in all; rates are tokens per second by the median block.
+    Both train the same model on the same text, a step each in turn, `num_steps` each in all; rates
+    are tokens per second by the median step.
     """
-    layout = Layout(dp=1, tp=1, pp=1, micro_batch=2, num_microbatches=2, stage_layers=(4,))
-    workload = Workload(seq_len=128, global_batch=layout.global_batch)
+    layout = Layout(dp=1, tp=1, pp=1, micro_batch=4, num_microbatches=2, stage_layers=(4,))
+    workload = Workload(seq_len=256, global_batch=layout.global_batch)
     stack = StackSpec(
-        name="torch", overlaps_gradients=False, gradient_bucket_bytes=1 << 25,
-            fuses_norms=False,
+        name="torch", overlaps_gradients=False, gradient_bucket_bytes=1 << 25, fuses_norms=False,
         source="not used by one rank", date="2026-01-01",
     )  # fmt: skip
     recipe = Recipe(
