@@ -180,7 +180,7 @@ class _Follower:
 
     def __init__(self, directories: Sequence[Path], on_step: OnStep | None) -> None:
         self._directories, self._on_step = directories, on_step
-        self._index = self._seen = 0
+        self._index = self._read_bytes = 0
 
     def follow(self) -> None:
         """Pass on what has come since the last call."""
@@ -189,13 +189,12 @@ class _Follower:
         while self._index < len(self._directories):
             directory = self._directories[self._index]
             is_whole = (directory / "record.json").exists()  # looked at first: the log is then too
-            lines = read_steps(directory)
-            for line in lines[self._seen :]:
+            lines, self._read_bytes = read_steps(directory, self._read_bytes)
+            for line in lines:
                 self._on_step(self._index, _step_record(line))
-            self._seen = len(lines)
             if not is_whole:
                 return
-            self._index, self._seen = self._index + 1, 0
+            self._index, self._read_bytes = self._index + 1, 0
 
 
 def _step_record(line: str) -> StepRecord:

@@ -230,7 +230,7 @@ def _kept(directory: Path, num_steps: int) -> str:
     """Return what an interrupted run has left in `directory`, and how to go on."""
     from planner.record import read_steps
 
-    if not (num_done := len(read_steps(directory))):
+    if not (num_done := len(read_steps(directory)[0])):
         return "no step was done yet; run it again, with a new folder for -o"
     return (
         f"{num_done} of {num_steps} steps are in {directory}/steps.jsonl, and there is no record; "

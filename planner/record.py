@@ -12,7 +12,7 @@ from pathlib import Path
 
 from planner.plan import Plan, load_plan
 from profiles.errors import InvalidInputError
-from profiles.files import load, read_text
+from profiles.files import load
 from simulator.timeline import Timeline
 
 RECORD_SCHEMA_VERSION = 1
@@ -85,10 +85,16 @@ def load_run(directory: Path) -> tuple[Plan, RunRecord]:
     return plan, record
 
 
-def read_steps(directory: Path) -> list[str]:
-    """Return the lines of `steps.jsonl` so far; a line that is still being written is left out."""
+def read_steps(directory: Path, start_bytes: int = 0) -> tuple[list[str], int]:
+    """Return the whole lines of `steps.jsonl` from `start_bytes` on, and where they end in bytes.
+
+    A line that is still being written is left for the next call.
+    """
     path = directory / "steps.jsonl"
     if not path.exists():
-        return []
-    text = read_text(path, "step log")
-    return text.splitlines() if text.endswith("\n") else text.splitlines()[:-1]
+        return [], start_bytes
+    with path.open("rb") as file:
+        file.seek(start_bytes)
+        data = file.read()
+    whole = data[: data.rfind(b"\n") + 1]
+    return whole.decode().splitlines(), start_bytes + len(whole)

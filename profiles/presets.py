@@ -69,7 +69,7 @@ def closest(name: str, known: Iterable[str], what: str) -> str:
     """Return a way out for an unknown `name`: the nearest known ones, or all that there are.
 
     >>> closest("llama-3-8", ["llama-3-8b", "gpt-3-175b"], "model")
-    'did you mean "llama-3-8b"? every model: llama-3-8b, gpt-3-175b'
+    'did you mean "llama-3-8b"? known: llama-3-8b, gpt-3-175b'
     """
     names = list(known)
     meant = {known_name.replace("_", "-"): known_name for known_name in names}
@@ -77,10 +77,12 @@ def closest(name: str, known: Iterable[str], what: str) -> str:
     parts = [whole for whole in meant if len(text) > 2 and text in whole]
     alike = difflib.get_close_matches(text, list(meant), n=3, cutoff=0.7)
     near = [meant[whole] for whole in dict.fromkeys([*parts, *alike])][:3]
-    every = f"every {what}: {', '.join(names)}"
+    every = ", ".join(names)
     if not near:
-        return f"use {every}"
-    return f"did you mean {' or '.join(f'{match!r}' for match in near)}? {every}".replace("'", '"')
+        return f"use a known {what}: {every}"
+    return f"did you mean {' or '.join(f'{match!r}' for match in near)}? known: {every}".replace(
+        "'", '"'
+    )
 
 
 def _find(tables: Mapping[str, Any], name: str, what: str) -> Any:

@@ -138,10 +138,10 @@ def test_an_unknown_name_gets_the_nearest_known_ones() -> None:
         'model preset is "Llama-3_8B"; it must be the name of a known model; '
         'did you mean "llama-3-8b"'
     )
-    assert "every model: llama-1-7b, " in str(caught.value)
+    assert "known: llama-1-7b, " in str(caught.value)
     with pytest.raises(InvalidInputError, match="it must be at least 1"):
         cluster_preset("h100-sxm", num_nodes=0)
-    with pytest.raises(InvalidInputError, match="use every stack: layline-gloo, layline-nccl"):
+    with pytest.raises(InvalidInputError, match="use a known stack: layline-gloo, layline-nccl"):
         stack_preset("zzz")
 
 
@@ -195,4 +195,4 @@ def test_no_reader_imports_torch() -> None:
         "sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code], check=False).returncode == 0
-    assert presets.closest("x", ["a"], "thing") == "use every thing: a"
+    assert presets.closest("x", ["a"], "thing") == "use a known thing: a"
