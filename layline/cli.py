@@ -98,7 +98,7 @@ def plan(
     _spare([job], output)
     seeded = overrides if seed is None else (*overrides, f"seed={seed}")
     with progress_bar("measuring this machine once") as progress:
-        best, _ = plan_job(job, seeded, progress)
+        best = plan_job(job, seeded, progress)
     if output is not None:
         save_plan(best, output)
     _print(best, plan_text(best, top), as_json)

@@ -12,7 +12,7 @@ from layline import __version__
 from planner.lower import simulate_plan
 from planner.plan import Plan, StalePlanError, load_plan
 from planner.record import StepRecord, load_run
-from planner.search import SearchResult, make_plan, search
+from planner.search import make_plan, search
 from profiles.errors import InvalidInputError, UnsupportedError
 from profiles.files import canonical_json, digest, write_text
 from profiles.job import Job, read_job
@@ -65,14 +65,13 @@ def profile_for(
 
 def plan_job(
     job_path: Path, overrides: Sequence[str] = (), progress: Progress = ignore_progress
-) -> tuple[Plan, SearchResult]:
-    """Return the best plan for a job file, and everything that the search found."""
+) -> Plan:
+    """Return the best plan for a job file; its ranking and rejections are in it."""
     job = read_job(job_path, overrides)
     profile, profile_path = profile_for(job, job_path, progress)
-    result = search(job, profile)
     # Whole, since the plan may be read in another folder; and UTF-8, since JSON is.
     where = str(profile_path.resolve()).encode(errors="replace").decode()
-    return make_plan(job, profile, where, result, 0, __version__), result
+    return make_plan(job, profile, where, search(job, profile), 0, __version__)
 
 
 def run_series(

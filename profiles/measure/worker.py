@@ -26,8 +26,6 @@ from profiles.measure.links import LinkTimer, link_points
 from profiles.measure.ranks import joined
 from profiles.profile import PROFILE_SCHEMA_VERSION, DeviceFacts, Profile
 
-LAYLINE_VERSION = "0.1.0"
-
 # Everything is measured in passes over the whole, so that a disturbance of a second or two, on a
 # machine that others use too, does not own a point.
 NUM_PASSES = 3
@@ -149,7 +147,7 @@ def _versions(backend: str) -> dict[str, str]:
     try:
         layline = metadata.version("layline")
     except metadata.PackageNotFoundError:
-        layline = LAYLINE_VERSION
+        layline = "not installed"
     return {
         "backend": backend,
         "layline": layline,
