@@ -1,48 +1,48 @@
 """The name of a deadlock: which op at the head of which stream waits for whom, around the ring."""
 
-from collections.abc import Sequence
-
 import networkx as nx
+import numpy as np
 
-from simulator.graph import Op, TaskGraph
+from simulator.checks import Int64
+from simulator.graph import TaskGraph
 
 
 class DeadlockError(ValueError):
     """Nothing can start and something is left; the message says who waits for whom."""
 
 
-def deadlock(graph: TaskGraph, starts_ns: Sequence[int]) -> DeadlockError:
+def deadlock(graph: TaskGraph, starts_ns: Int64) -> DeadlockError:
     """Return the error for a simulation that ended with ops that never started (start -1).
 
     Each blocked stream has a head, its first op that never started. A head waits for an op that
-    is the head of its stream or stands behind it; following these arrows leads into a ring.
+    is the head of its stream or stands behind it; following these arrows leads into a ring. Any op
+    of a queue may be its next, so each of them counts as a head.
     """
-    heads = {
-        key: next(op_id for op_id in ids if starts_ns[op_id] < 0)
-        for key, ids in graph.streams.items()
-        if any(starts_ns[op_id] < 0 for op_id in ids)
-    }
+    left = np.flatnonzero(starts_ns < 0)
+    heads: dict[int, int] = {}
+    for op_id in left.tolist():
+        heads.setdefault(int(graph.stream[op_id]), op_id)
+
+    def head_of(op_id: int) -> int:
+        stream = int(graph.stream[op_id])
+        return op_id if graph.streams[stream].is_queue else heads[stream]
+
     waits: nx.DiGraph[int] = nx.DiGraph()
-    for head in sorted(heads.values()):
+    for head in sorted({head_of(op_id) for op_id in left.tolist()}):
         for blocker in _blockers(graph, head, starts_ns):
-            other = heads[graph.ops[blocker].rank, graph.ops[blocker].stream]
-            waits.add_edge(head, other, blocker=blocker)
+            waits.add_edge(head, head_of(blocker), blocker=blocker)
     ring = nx.find_cycle(waits, source=min(heads.values()))
     sentences = []
     for head, other in ring:
         blocker = waits.edges[head, other]["blocker"]
-        behind = "" if blocker == other else f", which stands behind {graph.ops[other].name}"
-        sentences.append(f"{_name(graph.ops[head])} waits for {_name(graph.ops[blocker])}{behind}")
-    num_left = sum(start < 0 for start in starts_ns)
-    return DeadlockError(f"deadlock with {num_left} ops left: {'; '.join(sentences)}")
+        behind = "" if blocker == other else f", which stands behind {graph.names[other]}"
+        sentences.append(f"{graph.label(head)} waits for {graph.label(blocker)}{behind}")
+    return DeadlockError(f"deadlock with {len(left)} ops left: {'; '.join(sentences)}")
 
 
-def _blockers(graph: TaskGraph, head: int, starts_ns: Sequence[int]) -> list[int]:
+def _blockers(graph: TaskGraph, head: int, starts_ns: Int64) -> list[int]:
     """Return the ops that never started and keep `head` from starting, lowest id first."""
-    op = graph.ops[head]
-    partners = graph.meets.get(op.meet, ()) if op.meet >= 0 else ()
-    return sorted({other for other in (*op.deps, *partners) if starts_ns[other] < 0} - {op.id})
-
-
-def _name(op: Op) -> str:
-    return f"{op.name} (rank {op.rank}, {op.stream})"
+    meet = int(graph.meet[head])
+    partners = np.flatnonzero(graph.meet == meet).tolist() if meet >= 0 else []
+    waited = {*graph.deps_of(head).tolist(), *partners} - {head}
+    return sorted(other for other in waited if starts_ns[other] < 0)

@@ -1,121 +1,145 @@
-"""The engines behind one door: `simulate(graph, durations_ns)` returns the `Timeline`.
+"""The engines behind one door: the caller says what happens and what it wants to know.
 
-Two of them stand here. `event_loop` is a plain heap of running ops; `simpy_story` lets one SimPy
-process play each stream. They share no code below this door and agree to the nanosecond, which is
-what the second is for.
+| the caller has | and wants | asks | what answers |
+| --- | --- | --- | --- |
+| a schedule and its times | the length of the step, for many candidates | `step_ns` | the walk |
+| a schedule and its times | when everything happened | `simulate_step` | the walk |
+| the same, and shared links, degraded links or slow ranks | when everything happened | `simulate_step` | the event loop |
+| any graph | when everything happened | `simulate` | the event loop |
+
+`oracle=True` lets SimPy tell the same story, slowly, in other words; all agree to the nanosecond.
 """
 
-import heapq
-import itertools
 from collections.abc import Sequence
-from typing import Literal
+from dataclasses import dataclass
+from functools import cached_property
 
-from simulator.deadlock import deadlock
-from simulator.graph import TaskGraph
-from simulator.timeline import Timeline
+import numpy as np
+import numpy.typing as npt
 
-Engine = Literal["loop", "simpy"]
+from simulator.checks import Int64
+from simulator.graph import KINDS, OpCosts, TaskGraph, op_costs
+from simulator.jitter import Jitter
+from simulator.network import Change, Link
+from simulator.schedule import Schedule
+from simulator.step import Convention, StepTimes, lower
+from simulator.timeline import Span, Timeline
 
 
-def simulate(graph: TaskGraph, durations_ns: Sequence[int], *, engine: Engine = "loop") -> Timeline:
-    """Return the timeline of `graph` when op i takes `durations_ns[i]` nanoseconds.
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Simulation:
+    """When each op of `graph` started and ended, in ns, [N] each; every op has run."""
 
-    Raises ValueError unless there is one whole, non-negative duration for each op, and
-    DeadlockError that names who waits for whom if nothing can start while something is left.
+    graph: TaskGraph
+    starts_ns: Int64
+    ends_ns: Int64
 
-    >>> from simulator.graph import Op
+    @property
+    def makespan_ns(self) -> int:
+        """The end of the last op."""
+        return int(self.ends_ns.max(initial=0))
+
+    @cached_property
+    def timeline(self) -> Timeline:
+        """The spans in order of start, then of op id; ops that take no time are left out."""
+        graph, starts, ends = self.graph, self.starts_ns, self.ends_ns
+        shown = np.flatnonzero(ends > starts)
+        shown = shown[np.lexsort((shown, starts[shown]))]
+        spans = tuple(
+            Span(
+                rank=graph.streams[stream].rank,
+                stream=graph.streams[stream].name,
+                name=graph.names[op_id],
+                kind=KINDS[kind],
+                start_ns=start,
+                end_ns=end,
+            )
+            for op_id, stream, kind, start, end in zip(
+                shown.tolist(), graph.stream[shown].tolist(), graph.kind[shown].tolist(),
+                starts[shown].tolist(), ends[shown].tolist(), strict=True,
+            )
+        )  # fmt: skip
+        return Timeline(source="simulated", spans=spans)
+
+
+def simulate(
+    graph: TaskGraph,
+    costs: OpCosts | Sequence[int] | npt.NDArray[np.int64],
+    *,
+    links: Sequence[Link] = (),
+    changes: Sequence[Change] = (),
+    oracle: bool = False,
+) -> Simulation:
+    """Return when each op of `graph` runs; `costs` are `OpCosts`, or the ops' own times in ns.
+
+    Paths of the graph are places in `links`. Raises ValueError for costs that are not whole and
+    non-negative, for a path or change that names no link or rank, and DeadlockError that names who
+    waits for whom if nothing can start while something is left.
+
+    >>> from simulator.graph import Op, task_graph
     >>> forward = Op(id=0, rank=0, stream="compute", name="0F0", kind="forward")
     >>> send = Op(id=1, rank=0, stream="to 1", name="0F0 to 1", kind="send", deps=(0,))
     >>> after = Op(id=2, rank=1, stream="compute", name="1F0", kind="forward", deps=(1,))
-    >>> simulate(TaskGraph(ops=(forward, send, after)), [10, 3, 10]).makespan_ns
+    >>> simulate(task_graph((forward, send, after)), [10, 3, 10]).makespan_ns
     23
     """
-    if len(durations_ns) != len(graph.ops):
-        raise ValueError(f"{len(durations_ns)} durations for {len(graph.ops)} ops")
-    for op, duration in zip(graph.ops, durations_ns, strict=True):
-        # A bool is an int and a NaN compares false: both would slip through a bare `< 0`.
-        if type(duration) is not int or duration < 0:
-            raise ValueError(f"op {op.name} takes {duration!r}; it must be a whole number >= 0")
-    run = event_loop if engine == "loop" else simpy_story
-    starts = run(graph, durations_ns)
-    if -1 in starts:
-        raise deadlock(graph, starts)
-    return graph.timeline(starts, durations_ns)
+    if not isinstance(costs, OpCosts):
+        costs = op_costs(graph, costs)
+    if oracle:
+        from simulator.oracle import run_oracle as run
+    else:
+        from simulator.loop import run_loop as run
+    starts, ends = run(graph, costs, tuple(links), tuple(changes))
+    return Simulation(graph=graph, starts_ns=starts, ends_ns=ends)
 
 
-def event_loop(graph: TaskGraph, durations_ns: Sequence[int]) -> list[int]:
-    """Return the start of each op in ns, -1 for one that can never start.
+def simulate_step(
+    schedule: Schedule,
+    times: StepTimes,
+    *,
+    lane: int = 0,
+    convention: Convention = "eager",
+    jitter: Jitter | None = None,
+    changes: Sequence[Change] = (),
+    oracle: bool = False,
+) -> Simulation:
+    """Return when everything in one step of `schedule` happens, for one lane of `times`.
 
-    An op, or all ops of a meet together, becomes ready when the number of things that it waits
-    for (dependencies, and the op in front of it on its stream) falls to zero.
+    Raises ValueError for times of another number of stages, and DeadlockError for an order that
+    blocks itself.
     """
-    starts = [-1] * len(graph.ops)
-    waiting, followers, groups = _wiring(graph)
-    running: list[tuple[int, int]] = []
-
-    def start(group: tuple[int, ...], now_ns: int) -> None:
-        for op_id in group:
-            starts[op_id] = now_ns
-            heapq.heappush(running, (now_ns + durations_ns[op_id], op_id))
-
-    for group in sorted(set(groups)):
-        if waiting[group[0]] == 0:
-            start(group, 0)
-    while running:
-        now_ns, op_id = heapq.heappop(running)
-        for follower in followers[op_id]:
-            leader = groups[follower][0]
-            waiting[leader] -= 1
-            if waiting[leader] == 0:
-                start(groups[follower], now_ns)
-    return starts
+    check_times(schedule, times)
+    step = lower(schedule, times.before, times.after, convention)
+    return simulate(step.graph, step.costs(times, lane, jitter), changes=changes, oracle=oracle)
 
 
-def _wiring(graph: TaskGraph) -> tuple[list[int], list[list[int]], list[tuple[int, ...]]]:
-    """Return what each op waits for (counted at its group's first member), and who follows it."""
-    groups = [graph.meets[op.meet] if op.meet >= 0 else (op.id,) for op in graph.ops]
-    waiting = [0] * len(graph.ops)
-    followers: list[list[int]] = [[] for _ in graph.ops]
-    for op in graph.ops:
-        for dep in op.deps:
-            followers[dep].append(op.id)
-            waiting[groups[op.id][0]] += 1
-    for ids in graph.streams.values():
-        for before, after in itertools.pairwise(ids):
-            followers[before].append(after)
-            waiting[groups[after][0]] += 1
-    return waiting, followers, groups
+def step_ns(
+    schedule: Schedule,
+    times: StepTimes,
+    *,
+    convention: Convention = "eager",
+    jitters: Sequence[Jitter] = (),
+) -> Int64:
+    """Return the length of one step in ns, for each lane of `times` [L].
 
-
-def simpy_story(graph: TaskGraph, durations_ns: Sequence[int]) -> list[int]:
-    """Return the start of each op in ns, -1 for one that can never start, as SimPy tells it.
-
-    One process plays each stream: it waits for the dependencies of its next op, then for the
-    other members of the op's meet, then works. Integer delays keep SimPy's clock an integer.
+    With `jitters`, one a lane, each lane draws its own durations. Raises what `simulate_step` does.
     """
-    import simpy
+    check_times(schedule, times)
+    return np.array(
+        [
+            simulate_step(
+                schedule, times, lane=lane, convention=convention,
+                jitter=jitters[lane] if jitters else None,
+            ).makespan_ns
+            for lane in range(times.num_lanes)
+        ]
+    )  # fmt: skip
 
-    env = simpy.Environment()
-    starts = [-1] * len(graph.ops)
-    ended = [env.event() for _ in graph.ops]
-    gathered = {meet: env.event() for meet in graph.meets}
-    missing = {meet: len(ids) for meet, ids in graph.meets.items()}
 
-    def play(ids: tuple[int, ...]) -> "simpy.events.ProcessGenerator":
-        for op_id in ids:
-            op = graph.ops[op_id]
-            for dep in op.deps:
-                yield ended[dep]
-            if op.meet >= 0:
-                missing[op.meet] -= 1
-                if missing[op.meet] == 0:
-                    gathered[op.meet].succeed()
-                yield gathered[op.meet]
-            starts[op_id] = int(env.now)
-            yield env.timeout(durations_ns[op_id])
-            ended[op_id].succeed()
-
-    for ids in graph.streams.values():
-        env.process(play(ids))
-    env.run()
-    return starts
+def check_times(schedule: Schedule, times: StepTimes) -> None:
+    """Raise ValueError where `times` are of another number of stages than `schedule`."""
+    if times.num_stages != schedule.num_stages:
+        raise ValueError(
+            f"times of {times.num_stages} stages for schedule {schedule.name} "
+            f"of {schedule.num_stages}"
+        )

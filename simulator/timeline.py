@@ -6,8 +6,12 @@ from typing import Literal
 
 Kind = Literal[
     "forward", "backward", "send", "all_reduce", "optimizer", "data", "other", "wait",
+    "all_gather", "reduce_scatter", "all_to_all", "push", "pull",
 ]  # fmt: skip
 """What a span spends its time on; the same words for simulated and measured ones.
+
+`send` is a message of a pipeline, `push` and `pull` go to and from a parameter server, `other` is
+work of the host.
 
 `wait` is simulated only: what is expected to pass until the slowest of equal ranks is done. A
 measured wait is a gap.

@@ -1,0 +1,229 @@
+"""The schedule language: per pipeline rank the order of actions, as arrays, values and text.
+
+An action is written `<stage><kind><micro-batch>`: `2F0` is the forward of micro-batch 0 on stage
+2. `F` is a forward, `B` a full backward, `I` the half of it that makes the input gradient, `W`
+the half that makes the weight gradient. One line is one rank. The words are those of PyTorch's
+pipeline schedule CSV, so a schedule that the simulator times is one that the executor runs.
+
+Inside, an action is one int64, so that orders of a million actions are built, checked and walked
+as arrays: `microbatch << 24 | stage << 2 | kind`, with F, B, I, W as 0 to 3.
+"""
+
+import re
+from dataclasses import dataclass
+from typing import Literal, NamedTuple
+
+import numpy as np
+import numpy.typing as npt
+
+ActionKind = Literal["F", "B", "I", "W"]
+Codes = npt.NDArray[np.int64]
+
+KINDS: tuple[ActionKind, ...] = ("F", "B", "I", "W")
+F, B, I, W = range(4)  # noqa: E741  (the letters of the language)
+STAGE_SHIFT, MICROBATCH_SHIFT, STAGE_MASK = 2, 24, (1 << 22) - 1
+MAX_STAGES, MAX_MICROBATCHES = 1 << 16, 1 << 24
+MAX_ACTIONS = 1 << 30
+_ACTION = re.compile(r"(\d{1,9})([FBIW])(\d{1,9})")
+
+
+class Action(NamedTuple):
+    """One computation of one micro-batch on one stage."""
+
+    stage: int
+    kind: ActionKind
+    microbatch: int
+
+    def __str__(self) -> str:
+        """Return the action as text, `2F0`."""
+        return f"{self.stage}{self.kind}{self.microbatch}"
+
+
+def encode(kind: npt.ArrayLike, stage: npt.ArrayLike, microbatch: npt.ArrayLike) -> Codes:
+    """Return packed actions; arguments are numbers or arrays that broadcast, kinds are F, B, I, W.
+
+    >>> [str(action) for action in decode(encode(F, 2, np.arange(3)))]
+    ['2F0', '2F1', '2F2']
+    """
+    codes: Codes = (
+        np.left_shift(np.asarray(microbatch, np.int64), MICROBATCH_SHIFT)
+        | np.left_shift(np.asarray(stage, np.int64), STAGE_SHIFT)
+        | np.asarray(kind, np.int64)
+    )
+    return codes
+
+
+def decode(codes: Codes) -> tuple[Action, ...]:
+    """Return the actions that `codes` [N] stand for."""
+    stages = ((codes >> STAGE_SHIFT) & STAGE_MASK).tolist()
+    microbatches = (codes >> MICROBATCH_SHIFT).tolist()
+    kinds = [KINDS[kind] for kind in (codes & 3).tolist()]
+    return tuple(map(Action, stages, kinds, microbatches))
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Schedule:
+    """The order of actions of each pipeline rank; `orders[r]` is what rank r does, packed.
+
+    `homes[s]` is the rank of stage s. Raises ValueError unless every stage sits on one rank and
+    does each micro-batch exactly once forward and once backward (a `B`, or an `I` and a `W`).
+
+    >>> schedule = parse_schedule("0F0 0F1 0B0 0B1")
+    >>> schedule.num_microbatches, str(schedule)
+    (2, '0F0 0F1 0B0 0B1')
+    """
+
+    name: str
+    num_stages: int
+    num_microbatches: int
+    orders: tuple[Codes, ...]
+    homes: npt.NDArray[np.int32]
+
+    def __init__(
+        self, *, name: str, num_stages: int, num_microbatches: int, orders: tuple[Codes, ...]
+    ) -> None:
+        check_size(name, num_stages, num_microbatches, len(orders))
+        orders = tuple(np.ascontiguousarray(order, np.int64) for order in orders)
+        for order in orders:
+            order.flags.writeable = False
+        homes = _homes(name, num_stages, orders)
+        _check_complete(name, num_stages, num_microbatches, np.concatenate(orders))
+        for field, value in (
+            ("name", name), ("num_stages", num_stages), ("num_microbatches", num_microbatches),
+            ("orders", orders), ("homes", homes),
+        ):  # fmt: skip
+            object.__setattr__(self, field, value)
+
+    @property
+    def num_ranks(self) -> int:
+        """Pipeline ranks."""
+        return len(self.orders)
+
+    @property
+    def num_actions(self) -> int:
+        """Actions of all ranks."""
+        return sum(len(order) for order in self.orders)
+
+    @property
+    def ranks(self) -> tuple[tuple[Action, ...], ...]:
+        """The orders as values to read; for work on many actions take `orders`."""
+        return tuple(decode(order) for order in self.orders)
+
+    @property
+    def splits_backward(self) -> bool:
+        """Whether some backward is an input half and a weight half."""
+        return any(bool(((order & 3) >= I).any()) for order in self.orders)
+
+    def __eq__(self, other: object) -> bool:
+        """Return whether both name and do the same, in the same order."""
+        return (
+            isinstance(other, Schedule)
+            and (self.name, self.num_stages, self.num_microbatches, self.num_ranks)
+            == (other.name, other.num_stages, other.num_microbatches, other.num_ranks)
+            and all(map(np.array_equal, self.orders, other.orders))
+        )
+
+    def __hash__(self) -> int:
+        return hash((self.name, self.num_stages, self.num_microbatches, self.num_actions))
+
+    def __str__(self) -> str:
+        """Return the text form: one line a rank, actions separated by blanks."""
+        return "\n".join(" ".join(map(str, actions)) for actions in self.ranks)
+
+    def to_csv(self) -> str:
+        """Return the schedule as PyTorch's `compute_only` pipeline schedule CSV."""
+        return "".join(",".join(map(str, actions)) + "\n" for actions in self.ranks)
+
+
+def parse_schedule(text: str, name: str = "custom") -> Schedule:
+    """Return the schedule written as `text`, blanks or commas between actions, a line a rank.
+
+    Stages and micro-batches are counted from the text. Raises ValueError with the place of the
+    first action that cannot be read, and what `Schedule` raises.
+    """
+    orders, num_stages, num_microbatches = [], 0, 0
+    for row, line in enumerate(text.strip().splitlines(), start=1):
+        codes = []
+        for word in line.replace(",", " ").split():
+            if (match := _ACTION.fullmatch(word)) is None:
+                raise ValueError(
+                    f"schedule {name}, line {row}: {word!r} is not an action; "
+                    "write <stage><F, B, I or W><micro-batch>, as in 2F0"
+                )
+            stage, microbatch = int(match[1]), int(match[3])
+            num_stages = max(num_stages, stage + 1)
+            num_microbatches = max(num_microbatches, microbatch + 1)
+            kind = "FBIW".index(match[2])
+            codes.append(microbatch << MICROBATCH_SHIFT | stage << STAGE_SHIFT | kind)
+        orders.append(np.array(codes, np.int64))
+    return Schedule(
+        name=name,
+        num_stages=num_stages,
+        num_microbatches=num_microbatches,
+        orders=tuple(orders),
+    )
+
+
+def check_size(name: str, num_stages: int, num_microbatches: int, num_ranks: int) -> None:
+    """Raise ValueError for counts that no schedule can have, before anything of that size exists.
+
+    Builders call it first, so that a slip such as 1e9 ranks ends in a sentence.
+    """
+    for what, value, most in (
+        ("stages", num_stages, MAX_STAGES),
+        ("pipeline ranks", num_ranks, MAX_STAGES),
+        ("micro-batches", num_microbatches, MAX_MICROBATCHES),
+    ):
+        if not 1 <= value <= most:
+            raise ValueError(f"schedule {name} has {value} {what}; it can have 1 to {most}")
+    if num_stages * num_microbatches * 2 > MAX_ACTIONS:
+        raise ValueError(
+            f"schedule {name} has {num_stages} stages and {num_microbatches} micro-batches; "
+            f"their product can be {MAX_ACTIONS // 2} at most"
+        )
+
+
+def _homes(name: str, num_stages: int, orders: tuple[Codes, ...]) -> npt.NDArray[np.int32]:
+    """Return the rank of each stage; raise ValueError for a stage on two ranks, or out of range."""
+    homes = np.full(num_stages, -1, np.int32)
+    for rank, order in enumerate(orders):
+        for stage in np.unique((order >> STAGE_SHIFT) & STAGE_MASK).tolist():
+            if stage >= num_stages:
+                microbatch = next(a.microbatch for a in decode(order) if a.stage == stage)
+                raise _outside(name, stage, microbatch, f"{num_stages} stages")
+            if homes[stage] >= 0:
+                raise ValueError(
+                    f"schedule {name}: stage {stage} is on rank {homes[stage]} and on rank {rank}; "
+                    "a stage has one home"
+                )
+            homes[stage] = rank
+    homes.flags.writeable = False
+    return homes
+
+
+def _check_complete(name: str, num_stages: int, num_microbatches: int, codes: Codes) -> None:
+    """Raise ValueError unless every stage does F and B, or F, I and W, once each micro-batch."""
+    stages, microbatches = (codes >> STAGE_SHIFT) & STAGE_MASK, codes >> MICROBATCH_SHIFT
+    if len(codes) and int(microbatches.max()) >= num_microbatches:
+        place = int(microbatches.argmax())
+        raise _outside(
+            name, int(stages[place]), int(microbatches[place]), f"{num_microbatches} micro-batches"
+        )
+    cells = ((stages * num_microbatches + microbatches) << 2) | (codes & 3)
+    counts = np.bincount(cells, minlength=4 * num_stages * num_microbatches).reshape(-1, 4)
+    f, b, i, w = counts.T
+    is_good = (f == 1) & (b + i == 1) & (i == w)
+    if not is_good.all():
+        cell = int(np.argmin(is_good))
+        stage, microbatch = divmod(cell, num_microbatches)
+        kinds = "".join(kind * int(n) for kind, n in sorted(zip(KINDS, counts[cell], strict=True)))
+        raise ValueError(
+            f"schedule {name}: stage {stage} has {kinds or 'nothing'} for "
+            f"micro-batch {microbatch}; it needs F and B, or F, I and W, once each"
+        )
+
+
+def _outside(name: str, stage: int, microbatch: int, limit: str) -> ValueError:
+    return ValueError(
+        f"schedule {name}: stage {stage}, micro-batch {microbatch} lies outside of {limit}"
+    )
