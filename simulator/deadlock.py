@@ -1,5 +1,7 @@
 """The name of a deadlock: which op at the head of which stream waits for whom, around the ring."""
 
+from collections.abc import Sequence
+
 import networkx as nx
 import numpy as np
 
@@ -9,6 +11,20 @@ from simulator.graph import TaskGraph
 
 class DeadlockError(ValueError):
     """Nothing can start and something is left; the message says who waits for whom."""
+
+
+class StalledError(ValueError):
+    """Something began and can never end: its link or its rank stands still for ever."""
+
+
+def stalled(graph: TaskGraph, op_ids: Sequence[int]) -> StalledError:
+    """Return the error for ops that began and never ended, the lowest id named first."""
+    shown = ", ".join(graph.label(op_id) for op_id in op_ids[:3])
+    more = f" and {len(op_ids) - 3} more" if len(op_ids) > 3 else ""
+    return StalledError(
+        f"{shown}{more} began and never ended: a link of its path carries nothing, or its rank "
+        "has speed 0, until the end; let a later change bring it back"
+    )
 
 
 def deadlock(graph: TaskGraph, starts_ns: Int64) -> DeadlockError:

@@ -20,10 +20,11 @@ import numpy.typing as npt
 from simulator.checks import Int64
 from simulator.graph import KINDS, OpCosts, TaskGraph, op_costs
 from simulator.jitter import Jitter
-from simulator.network import Change, Link
+from simulator.network import Change, Link, check_network
 from simulator.schedule import Schedule
 from simulator.step import Convention, StepTimes, lower
 from simulator.timeline import Span, Timeline
+from simulator.walk import check_times, step_ns
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -89,6 +90,7 @@ def simulate(
         from simulator.oracle import run_oracle as run
     else:
         from simulator.loop import run_loop as run
+    check_network(graph, links, changes)
     starts, ends = run(graph, costs, tuple(links), tuple(changes))
     return Simulation(graph=graph, starts_ns=starts, ends_ns=ends)
 
@@ -113,33 +115,4 @@ def simulate_step(
     return simulate(step.graph, step.costs(times, lane, jitter), changes=changes, oracle=oracle)
 
 
-def step_ns(
-    schedule: Schedule,
-    times: StepTimes,
-    *,
-    convention: Convention = "eager",
-    jitters: Sequence[Jitter] = (),
-) -> Int64:
-    """Return the length of one step in ns, for each lane of `times` [L].
-
-    With `jitters`, one a lane, each lane draws its own durations. Raises what `simulate_step` does.
-    """
-    check_times(schedule, times)
-    return np.array(
-        [
-            simulate_step(
-                schedule, times, lane=lane, convention=convention,
-                jitter=jitters[lane] if jitters else None,
-            ).makespan_ns
-            for lane in range(times.num_lanes)
-        ]
-    )  # fmt: skip
-
-
-def check_times(schedule: Schedule, times: StepTimes) -> None:
-    """Raise ValueError where `times` are of another number of stages than `schedule`."""
-    if times.num_stages != schedule.num_stages:
-        raise ValueError(
-            f"times of {times.num_stages} stages for schedule {schedule.name} "
-            f"of {schedule.num_stages}"
-        )
+__all__ = ["Simulation", "simulate", "simulate_step", "step_ns"]

@@ -1,7 +1,10 @@
 """What ops share beside their streams: links with a capacity, and what changes while they run."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from math import isfinite
+
+from simulator.graph import TaskGraph
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,6 +50,30 @@ class SpeedChange:
 
 
 Change = CapacityChange | SpeedChange
+
+
+def check_network(graph: TaskGraph, links: Sequence[Link], changes: Sequence[Change]) -> None:
+    """Raise ValueError for a path or a change that names no link, or no rank of `graph`."""
+    ranks = {stream.rank for stream in graph.streams}
+    for path in graph.paths:
+        for crossing in path:
+            if crossing.link >= len(links):
+                op_id = next(i for i in range(len(graph)) if graph.path[i] >= 0
+                             and graph.paths[graph.path[i]] == path)  # fmt: skip
+                raise ValueError(
+                    f"op {graph.label(op_id)} crosses link {crossing.link}; "
+                    f"there are {len(links)} links"
+                )
+    for change in changes:
+        if isinstance(change, CapacityChange) and not 0 <= change.link < len(links):
+            raise ValueError(
+                f"a change at {change.at_ns} ns names link {change.link}; "
+                f"there are {len(links)} links"
+            )
+        if isinstance(change, SpeedChange) and change.rank not in ranks:
+            raise ValueError(
+                f"a change at {change.at_ns} ns names rank {change.rank}, which does nothing"
+            )
 
 
 def _check_rate(what: str, bytes_per_s: float) -> None:

@@ -65,8 +65,10 @@ def decode(codes: Codes) -> tuple[Action, ...]:
 class Schedule:
     """The order of actions of each pipeline rank; `orders[r]` is what rank r does, packed.
 
-    `homes[s]` is the rank of stage s. Raises ValueError unless every stage sits on one rank and
-    does each micro-batch exactly once forward and once backward (a `B`, or an `I` and a `W`).
+    `codes` [A] is all orders end to end, that of rank r from `offsets[r]` to `offsets[r + 1]`;
+    `homes[s]` is the rank of stage s. Raises ValueError unless every stage sits on one rank, does
+    each micro-batch exactly once forward and once backward (a `B`, or an `I` and a `W`), and does
+    them in that order.
 
     >>> schedule = parse_schedule("0F0 0F1 0B0 0B1")
     >>> schedule.num_microbatches, str(schedule)
@@ -76,33 +78,40 @@ class Schedule:
     name: str
     num_stages: int
     num_microbatches: int
-    orders: tuple[Codes, ...]
+    codes: Codes
+    offsets: Codes
     homes: npt.NDArray[np.int32]
 
     def __init__(
         self, *, name: str, num_stages: int, num_microbatches: int, orders: tuple[Codes, ...]
     ) -> None:
         check_size(name, num_stages, num_microbatches, len(orders))
-        orders = tuple(np.ascontiguousarray(order, np.int64) for order in orders)
-        for order in orders:
-            order.flags.writeable = False
-        homes = _homes(name, num_stages, orders)
-        _check_complete(name, num_stages, num_microbatches, np.concatenate(orders))
+        codes = np.concatenate(orders).astype(np.int64, copy=False)
+        offsets = np.cumsum([0, *map(len, orders)])
+        homes = _homes(name, num_stages, codes, offsets)
+        _check_complete(name, num_stages, num_microbatches, codes)
+        for array in (codes, offsets, homes):
+            array.flags.writeable = False
         for field, value in (
             ("name", name), ("num_stages", num_stages), ("num_microbatches", num_microbatches),
-            ("orders", orders), ("homes", homes),
+            ("codes", codes), ("offsets", offsets), ("homes", homes),
         ):  # fmt: skip
             object.__setattr__(self, field, value)
 
     @property
+    def orders(self) -> tuple[Codes, ...]:
+        """What each rank does, packed."""
+        return tuple(np.split(self.codes, self.offsets[1:-1]))
+
+    @property
     def num_ranks(self) -> int:
         """Pipeline ranks."""
-        return len(self.orders)
+        return len(self.offsets) - 1
 
     @property
     def num_actions(self) -> int:
         """Actions of all ranks."""
-        return sum(len(order) for order in self.orders)
+        return len(self.codes)
 
     @property
     def ranks(self) -> tuple[tuple[Action, ...], ...]:
@@ -112,7 +121,7 @@ class Schedule:
     @property
     def splits_backward(self) -> bool:
         """Whether some backward is an input half and a weight half."""
-        return any(bool(((order & 3) >= I).any()) for order in self.orders)
+        return bool(((self.codes & 3) >= I).any())
 
     def __eq__(self, other: object) -> bool:
         """Return whether both name and do the same, in the same order."""
@@ -120,7 +129,8 @@ class Schedule:
             isinstance(other, Schedule)
             and (self.name, self.num_stages, self.num_microbatches, self.num_ranks)
             == (other.name, other.num_stages, other.num_microbatches, other.num_ranks)
-            and all(map(np.array_equal, self.orders, other.orders))
+            and np.array_equal(self.offsets, other.offsets)
+            and np.array_equal(self.codes, other.codes)
         )
 
     def __hash__(self) -> int:
@@ -183,21 +193,23 @@ def check_size(name: str, num_stages: int, num_microbatches: int, num_ranks: int
         )
 
 
-def _homes(name: str, num_stages: int, orders: tuple[Codes, ...]) -> npt.NDArray[np.int32]:
+def _homes(
+    name: str, num_stages: int, codes: Codes, offsets: Codes
+) -> npt.NDArray[np.int32]:
     """Return the rank of each stage; raise ValueError for a stage on two ranks, or out of range."""
+    stages = (codes >> STAGE_SHIFT) & STAGE_MASK
+    if len(codes) and int(stages.max()) >= num_stages:
+        raise _outside(name, codes, int(stages.argmax()), f"{num_stages} stages")
+    ranks = np.repeat(np.arange(len(offsets) - 1, dtype=np.int32), np.diff(offsets))
     homes = np.full(num_stages, -1, np.int32)
-    for rank, order in enumerate(orders):
-        for stage in np.unique((order >> STAGE_SHIFT) & STAGE_MASK).tolist():
-            if stage >= num_stages:
-                microbatch = next(a.microbatch for a in decode(order) if a.stage == stage)
-                raise _outside(name, stage, microbatch, f"{num_stages} stages")
-            if homes[stage] >= 0:
-                raise ValueError(
-                    f"schedule {name}: stage {stage} is on rank {homes[stage]} and on rank {rank}; "
-                    "a stage has one home"
-                )
-            homes[stage] = rank
-    homes.flags.writeable = False
+    homes[stages] = ranks
+    astray = np.flatnonzero(homes[stages] != ranks)
+    if len(astray):
+        stage, rank = int(stages[astray[0]]), int(ranks[astray[0]])
+        raise ValueError(
+            f"schedule {name}: stage {stage} is on rank {rank} and on rank {homes[stage]}; "
+            "a stage has one home"
+        )
     return homes
 
 
@@ -205,10 +217,8 @@ def _check_complete(name: str, num_stages: int, num_microbatches: int, codes: Co
     """Raise ValueError unless every stage does F and B, or F, I and W, once each micro-batch."""
     stages, microbatches = (codes >> STAGE_SHIFT) & STAGE_MASK, codes >> MICROBATCH_SHIFT
     if len(codes) and int(microbatches.max()) >= num_microbatches:
-        place = int(microbatches.argmax())
-        raise _outside(
-            name, int(stages[place]), int(microbatches[place]), f"{num_microbatches} micro-batches"
-        )
+        limit = f"{num_microbatches} micro-batches"
+        raise _outside(name, codes, int(microbatches.argmax()), limit)
     cells = ((stages * num_microbatches + microbatches) << 2) | (codes & 3)
     counts = np.bincount(cells, minlength=4 * num_stages * num_microbatches).reshape(-1, 4)
     f, b, i, w = counts.T
@@ -221,9 +231,28 @@ def _check_complete(name: str, num_stages: int, num_microbatches: int, codes: Co
             f"schedule {name}: stage {stage} has {kinds or 'nothing'} for "
             f"micro-batch {microbatch}; it needs F and B, or F, I and W, once each"
         )
+    _check_order(name, codes, cells)
 
 
-def _outside(name: str, stage: int, microbatch: int, limit: str) -> ValueError:
+def _check_order(name: str, codes: Codes, cells: Codes) -> None:
+    """Raise ValueError where a backward stands before its forward, or a W before its I.
+
+    A cell of which all actions are there has them on one rank, so their places tell their order.
+    """
+    places = np.empty(int(cells.max(initial=0)) + 4, np.int64)
+    places[cells] = np.arange(len(codes))
+    kind = codes & 3
+    needed = np.where(kind == W, cells - W + I, cells - kind)
+    early = np.flatnonzero(places[needed] > np.arange(len(codes)))
+    if len(early):
+        action = decode(codes[early[:1]])[0]
+        other = action._replace(kind="I" if action.kind == "W" else "F")
+        raise ValueError(f"schedule {name}: {action} stands before {other}, which it needs")
+
+
+def _outside(name: str, codes: Codes, place: int, limit: str) -> ValueError:
+    action = decode(codes[place : place + 1])[0]
     return ValueError(
-        f"schedule {name}: stage {stage}, micro-batch {microbatch} lies outside of {limit}"
+        f"schedule {name}: stage {action.stage}, micro-batch {action.microbatch} "
+        f"lies outside of {limit}"
     )

@@ -253,7 +253,7 @@ def _action_rows(schedule: Schedule, num_before: int, num_after: int) -> _Rows:
         count += length
     join = np.concatenate
     return _Rows(
-        code=join(schedule.orders), rank=join(rank), op=join(op), first_op=np.array(first_op),
+        code=schedule.codes, rank=join(rank), op=join(op), first_op=np.array(first_op),
         part=join(part), op_rank=join(op_rank), op_stage=join(op_stage),
         op_microbatch=join(op_microbatch),
     )  # fmt: skip

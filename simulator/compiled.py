@@ -1,0 +1,30 @@
+"""How loops over arrays are compiled, and that they need not be.
+
+Compiled functions are plain Python over arrays of numbers. Without numba, or with
+NUMBA_DISABLE_JIT=1 set, the same lines run interpreted and give the same result, hundreds of times
+slower. A module of compiled functions calls none of another module: a change there would not be
+noticed by the compile cache.
+"""
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+try:
+    from numba import njit
+except ImportError:
+
+    def compiled(function: F) -> F:
+        """Return `function` as it is: interpreted, and equal."""
+        return function
+else:
+
+    def compiled(function: F) -> F:
+        """Return `function` compiled at its first call; the compiled code is kept on disk."""
+        result: F = njit(cache=True, nogil=True, error_model="numpy")(function)
+        return result
+
+
+NEVER = 1 << 62
+"""A time that does not come."""

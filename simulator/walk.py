@@ -1,0 +1,186 @@
+"""Tier 1: walks the orders of a schedule, without a graph, for one candidate or many side by side.
+
+A replica is a chain of ranks and each rank a queue of actions, so one clock a rank and one arrival
+an input are all that there is to know. The convention of messages is that of `simulator.step`.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from simulator.checks import Int64
+from simulator.deadlock import DeadlockError
+from simulator.jitter import MASK, STRIDE, Jitter, mix
+from simulator.loop import wire
+from simulator.schedule import Schedule
+from simulator.step import Convention, StepTimes, lower
+from simulator.walk_kernels import UNKNOWN, follow, walk
+
+LANES = 16
+"""Candidates timed side by side: enough to fill vector registers, few enough for the cache."""
+_NO_TABLES = np.zeros((2, 0), np.int64)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Walk:
+    """One walked step: the end of each action [A], rank by rank, and of each rank with its `after`.
+
+    `inputs_ns` [2, S, m] is when the input of each forward, and of each backward, is there;
+    `sequence` [A] lists the actions so that each comes after all that it waits for.
+    """
+
+    action_ends_ns: Int64
+    inputs_ns: Int64
+    rank_ends_ns: Int64
+    sequence: npt.NDArray[np.int32]
+
+    @property
+    def makespan_ns(self) -> int:
+        """Length of the step; the last message may outlast all ranks."""
+        return int(max(self.rank_ends_ns.max(), self.inputs_ns.max()))
+
+
+def walk_step(
+    schedule: Schedule,
+    times: StepTimes,
+    lane: int = 0,
+    convention: Convention = "eager",
+    jitter: Jitter | None = None,
+) -> Walk:
+    """Return the walk of one lane of `times`; raises DeadlockError for an order that blocks itself.
+
+    >>> from simulator.schedule import parse_schedule
+    >>> from simulator.step import step_times
+    >>> schedule = parse_schedule("0F0 0F1 0B0 0B1\\n1F0 1B0 1F1 1B1")
+    >>> walk_step(schedule, step_times(2, forward=10, backward=20)).action_ends_ns.tolist()
+    [10, 20, 60, 90, 20, 40, 50, 70]
+    """
+    num_stages, m = schedule.num_stages, schedule.num_microbatches
+    before, after = (_by_rank(schedule, edge[:, lane]) for edge in times.edge_ns())
+    inputs = np.full((2, num_stages * m), UNKNOWN, np.int64)
+    inputs[0, :m] = inputs[1, (num_stages - 1) * m :] = 0
+    action_ends = np.zeros(schedule.num_actions, np.int64)
+    sequence = np.zeros(schedule.num_actions, np.int32)
+    link_of, num_links = links_of(schedule)
+    keys = np.zeros((6, num_stages), np.int64) if jitter is None else _keys(jitter.seed, num_stages)
+    num_done = walk(
+        schedule.codes, schedule.offsets, m, np.ascontiguousarray(times.ns[:6, :, lane]), keys,
+        _NO_TABLES if jitter is None else jitter.tables(), link_of, num_links,
+        convention == "rendezvous", before, inputs, action_ends, sequence,
+    )  # fmt: skip
+    if num_done < schedule.num_actions:
+        raise blocked(schedule, convention)
+    return Walk(
+        action_ends_ns=action_ends,
+        inputs_ns=inputs.reshape(2, num_stages, m),
+        rank_ends_ns=before + after,
+        sequence=sequence,
+    )
+
+
+def step_ns(
+    schedule: Schedule,
+    times: StepTimes,
+    *,
+    convention: Convention = "eager",
+    jitters: Sequence[Jitter] = (),
+) -> Int64:
+    """Return the length of one step in ns, for each lane of `times` [L].
+
+    With `jitters`, one a lane, each lane draws its own durations; one lane of times serves them
+    all. Raises ValueError for times of another number of stages, and DeadlockError for an order
+    that blocks itself.
+
+    >>> from simulator.schedule import parse_schedule
+    >>> from simulator.step import step_times
+    >>> schedule = parse_schedule("0F0 0F1 0B0 0B1\\n1F0 1B0 1F1 1B1")
+    >>> step_ns(schedule, step_times(2, forward=[[10, 5, 0]], backward=20)).tolist()
+    [90, 75, 60]
+    """
+    check_times(schedule, times)
+    if jitters:
+        if times.num_lanes not in (1, len(jitters)):
+            raise ValueError(f"{len(jitters)} jitters for {times.num_lanes} lanes; give as many")
+        lanes = [lane if times.num_lanes > 1 else 0 for lane in range(len(jitters))]
+        return np.array(
+            [
+                walk_step(schedule, times, lane, convention, jitter).makespan_ns
+                for lane, jitter in zip(lanes, jitters, strict=True)
+            ]
+        )
+    first = walk_step(schedule, times, 0, convention)
+    results = [np.array([first.makespan_ns])]
+    for start in range(1, times.num_lanes, LANES):
+        results.append(_follow(schedule, times, start, convention, first.sequence))
+    return np.concatenate(results)
+
+
+def check_times(schedule: Schedule, times: StepTimes) -> None:
+    """Raise ValueError where `times` are of another number of stages than `schedule`."""
+    if times.num_stages != schedule.num_stages:
+        raise ValueError(
+            f"times of {times.num_stages} stages for schedule {schedule.name} "
+            f"of {schedule.num_stages}"
+        )
+
+
+def blocked(schedule: Schedule, convention: Convention) -> DeadlockError:
+    """Return the error that names who waits for whom in an order that blocks itself."""
+    try:
+        wire(lower(schedule, convention=convention).graph)
+    except DeadlockError as error:
+        return error
+    raise AssertionError(f"the walk of schedule {schedule.name} ended early, its graph does not")
+
+
+def links_of(schedule: Schedule) -> tuple[Int64, int]:
+    """Return the link of the forward and the backward message of each stage [2, S], and how many.
+
+    -1 where the reader is on the same rank, or there is none. A link is one ordered pair of ranks.
+    """
+    homes = schedule.homes.astype(np.int64)
+    pairs = np.full((2, schedule.num_stages), -1, np.int64)
+    pairs[0, :-1] = homes[:-1] * schedule.num_ranks + homes[1:]
+    pairs[1, 1:] = homes[1:] * schedule.num_ranks + homes[:-1]
+    crosses = np.zeros(pairs.shape, np.bool_)
+    crosses[0, :-1] = crosses[1, 1:] = homes[:-1] != homes[1:]
+    links, places = np.unique(pairs[crosses], return_inverse=True)
+    pairs[:] = -1
+    pairs[crosses] = places
+    return pairs, len(links)
+
+
+def _follow(
+    schedule: Schedule,
+    times: StepTimes,
+    start: int,
+    convention: Convention,
+    sequence: npt.NDArray[np.int32],
+) -> Int64:
+    lanes = slice(start, min(start + LANES, times.num_lanes))
+    num_lanes = lanes.stop - lanes.start
+    before, after = (_by_rank(schedule, edge[:, lanes]) for edge in times.edge_ns())
+    inputs = np.zeros((2, schedule.num_stages * schedule.num_microbatches, num_lanes), np.int64)
+    link_of, num_links = links_of(schedule)
+    follow(
+        schedule.codes, sequence, schedule.homes, schedule.num_microbatches,
+        np.ascontiguousarray(times.ns[:6, :, lanes]), link_of, num_links,
+        convention == "rendezvous", before, inputs,
+    )  # fmt: skip
+    ends: Int64 = np.maximum((before + after).max(axis=0), inputs.max(axis=(0, 1)))
+    return ends
+
+
+def _by_rank(schedule: Schedule, stage_ns: Int64) -> Int64:
+    """Return the sum of a time of stages [S] or [S, L] over the stages of each rank."""
+    total = np.zeros((schedule.num_ranks, *stage_ns.shape[1:]), np.int64)
+    np.add.at(total, schedule.homes, stage_ns)
+    return total
+
+
+def _keys(seed: int, num_stages: int) -> Int64:
+    """Return the first half of `jitter.draws` for each part and stage [6, S]."""
+    parts, stages = np.arange(6)[:, None], np.arange(num_stages)[None, :]
+    return mix(mix((seed ^ (parts * STRIDE)) & MASK) ^ stages)
