@@ -7,7 +7,7 @@ noticed by the compile cache.
 """
 
 from collections.abc import Callable
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -18,12 +18,18 @@ except ImportError:
     def compiled(function: F) -> F:
         """Return `function` as it is: interpreted, and equal."""
         return function
+
+    inlined = compiled
 else:
 
     def compiled(function: F) -> F:
         """Return `function` compiled at its first call; the compiled code is kept on disk."""
-        result: F = njit(cache=True, nogil=True, error_model="numpy")(function)
-        return result
+        return cast(F, njit(cache=True, nogil=True, error_model="numpy")(function))
+
+    def inlined(function: F) -> F:
+        """Return `function` to be copied into its callers: a call passes seven words an array."""
+        compiler = njit(cache=True, nogil=True, error_model="numpy", forceinline=True)
+        return cast(F, compiler(function))
 
 
 NEVER = 1 << 62

@@ -1,13 +1,11 @@
 """The engines behind one door: the caller says what happens and what it wants to know.
 
-| the caller has | and wants | asks | what answers |
-| --- | --- | --- | --- |
-| a schedule and its times | the length of the step, for many candidates | `step_ns` | the walk |
-| a schedule and its times | when everything happened | `simulate_step` | the walk |
-| the same, and shared links, degraded links or slow ranks | when everything happened | `simulate_step` | the event loop |
-| any graph | when everything happened | `simulate` | the event loop |
-
-`oracle=True` lets SimPy tell the same story, slowly, in other words; all agree to the nanosecond.
+* How long is one step of a schedule, for many candidates or many draws of chance? `step_ns`: the
+  compiled walk (tier 1), no graph built.
+* When does everything in one step happen, also when a rank is slow? `simulate_step`; or in any
+  graph, with shared links, degraded links, queues? `simulate`: the compiled event loop (tier 2).
+* The same, told by SimPy in other words: `oracle=True` (tier 3). All agree to the nanosecond.
+* What do weeks of failures, restarts and checkpoints do to a run? `simulator.story` (tier 3).
 """
 
 from collections.abc import Sequence

@@ -9,9 +9,16 @@ Tables are arrays of records, so that what belongs to one op, stream or link sta
 memory, and a call passes few of them. A stream runs at most one op: `slot` is its number.
 """
 
-import numpy as np
+from typing import Any
 
-from simulator.compiled import NEVER, compiled
+import numpy as np
+import numpy.typing as npt
+
+from simulator.checks import Int64
+from simulator.compiled import NEVER, compiled, inlined
+
+Int32 = npt.NDArray[np.int32]
+Table = np.recarray[Any, Any]
 
 ROUNDING = 1.0 - 1e-12
 """Predicted ends are rounded up to whole ns; this keeps an end that is whole from going one up."""
@@ -54,8 +61,26 @@ RUNNING, AGENDA, MARKED, DIRTY, STAMP, NUM_COUNTS = range(6)
 
 
 @compiled
-def run(ops, followers, meets, members, slots, heap, agenda, queues, marked, links, flows, dirty,
-        crossings, paths, near_links, near_slots, changes, counts):  # fmt: skip
+def run(
+    ops: Table,
+    followers: Int32,
+    meets: Table,
+    members: Int32,
+    slots: Table,
+    heap: Int32,
+    agenda: Int32,
+    queues: Int32,
+    marked: Int32,
+    links: Table,
+    flows: Table,
+    dirty: Int32,
+    crossings: Table,
+    paths: Int32,
+    near_links: Int32,
+    near_slots: Int32,
+    changes: Table,
+    counts: Int64,
+) -> None:
     """Run until nothing more happens; `changes` are sorted by time.
 
     What must be looked at next stands on `agenda`: op i for one that is ready, ~i for one to start.
@@ -107,8 +132,10 @@ def run(ops, followers, meets, members, slots, heap, agenda, queues, marked, lin
                 return
 
 
-@compiled
-def start(ops, slots, heap, paths, counts, op, now):
+@inlined
+def start(
+    ops: Table, slots: Table, heap: Int32, paths: Int32, counts: Int64, op: int, now: int
+) -> None:
     """Start `op` on its idle stream."""
     slot = ops[op].slot
     duration, path = ops[op].ns, ops[op].path
@@ -127,19 +154,29 @@ def start(ops, slots, heap, paths, counts, op, now):
     rise(slots, heap, slot, counts[RUNNING] - 1)
 
 
-@compiled
-def predict(now, left, rate):
+@inlined
+def predict(now: int, left: float, rate: float) -> int:
     """Return the first whole nanosecond by which `left` is done at `rate`."""
     if left <= 0.0:
         return now
     if rate <= 0.0:
         return NEVER
     took = np.ceil(left / rate * ROUNDING)
-    return now + np.int64(took) if took < 4e18 else NEVER
+    return now + int(took) if took < 4e18 else NEVER
 
 
-@compiled
-def finish(ops, followers, slots, heap, agenda, marked, counts, slot, now):
+@inlined
+def finish(
+    ops: Table,
+    followers: Int32,
+    slots: Table,
+    heap: Int32,
+    agenda: Int32,
+    marked: Int32,
+    counts: Int64,
+    slot: int,
+    now: int,
+) -> None:
     """End the op of a stream and note who may go on."""
     op = slots[slot].op
     ops[op].end_ns = now
@@ -166,7 +203,18 @@ def finish(ops, followers, slots, heap, agenda, marked, counts, slot, now):
 
 
 @compiled
-def gather_or_queue(ops, meets, members, slots, queues, marked, agenda, counts, op, now):
+def gather_or_queue(
+    ops: Table,
+    meets: Table,
+    members: Int32,
+    slots: Table,
+    queues: Int32,
+    marked: Int32,
+    agenda: Int32,
+    counts: Int64,
+    op: int,
+    now: int,
+) -> None:
     """Let a ready op wait for its meet, or start all of it; or let it queue."""
     meet, slot = ops[op].meet, ops[op].slot
     if meet >= 0:
@@ -184,7 +232,9 @@ def gather_or_queue(ops, meets, members, slots, queues, marked, agenda, counts, 
 
 
 @compiled
-def apply(slots, heap, links, dirty, change, counts, now):
+def apply(
+    slots: Table, heap: Int32, links: Table, dirty: Int32, change: Any, counts: Int64, now: int
+) -> None:
     """Apply one change: of the capacity of a link, or of the speed of a rank."""
     if not change.is_speed:
         links[change.target].capacity = change.value
@@ -205,7 +255,7 @@ def apply(slots, heap, links, dirty, change, counts, now):
 
 
 @compiled
-def enqueue(ops, queues, base, place, op):
+def enqueue(ops: Table, queues: Int32, base: int, place: int, op: int) -> None:
     """Put `op` into the heap of `place` ops that begins at `base`."""
     while place > 0:
         parent = (place - 1) // 2
@@ -218,7 +268,7 @@ def enqueue(ops, queues, base, place, op):
 
 
 @compiled
-def dequeue(ops, queues, base, length):
+def dequeue(ops: Table, queues: Int32, base: int, length: int) -> int:
     """Take the first op out of the heap of `length` ops that begins at `base`."""
     first, op, place = queues[base], queues[base + length - 1], 0
     while 2 * place + 1 < length - 1:
@@ -232,18 +282,18 @@ def dequeue(ops, queues, base, length):
         queues[base + place] = queues[base + child]
         place = child
     queues[base + place] = op
-    return first
+    return int(first)
 
 
 @compiled
-def comes_first(ops, op, other):
+def comes_first(ops: Table, op: int, other: int) -> bool:
     """Return whether a queue serves `op` before `other`."""
     a, b = ops[op].end_ns, ops[other].end_ns
     return a < b or (a == b and op < other)
 
 
 @compiled
-def mark_queue(slots, marked, counts, slot):
+def mark_queue(slots: Table, marked: Int32, counts: Int64, slot: int) -> None:
     """Look at a queue once the ends of this instant are done."""
     if not slots[slot].is_marked:
         slots[slot].is_marked = 1
@@ -252,7 +302,9 @@ def mark_queue(slots, marked, counts, slot):
 
 
 @compiled
-def serve_queues(ops, slots, queues, marked, agenda, counts):
+def serve_queues(
+    ops: Table, slots: Table, queues: Int32, marked: Int32, agenda: Int32, counts: Int64
+) -> None:
     """Let every idle queue that has someone waiting take its next op."""
     for place in range(counts[MARKED]):
         slot = marked[place]
@@ -269,8 +321,19 @@ def serve_queues(ops, slots, queues, marked, agenda, counts):
 # Flows: rates are max-min fair, found again for what hangs together with the links that changed.
 
 
-@compiled
-def enter_links(slots, heap, links, flows, dirty, crossings, counts, slot, size_bytes, now):
+@inlined
+def enter_links(
+    slots: Table,
+    heap: Int32,
+    links: Table,
+    flows: Table,
+    dirty: Int32,
+    crossings: Table,
+    counts: Int64,
+    slot: int,
+    size_bytes: int,
+    now: int,
+) -> None:
     """Let the bytes of a stream's op flow; alone on all its links it needs no sharing."""
     is_alone, rate = True, np.inf
     first, end = slots[slot].first_crossing, slots[slot].end_crossing
@@ -292,8 +355,16 @@ def enter_links(slots, heap, links, flows, dirty, crossings, counts, slot, size_
             mark_link(links, dirty, counts, crossings[crossing].link)
 
 
-@compiled
-def leave_links(slots, links, flows, dirty, crossings, counts, slot):
+@inlined
+def leave_links(
+    slots: Table,
+    links: Table,
+    flows: Table,
+    dirty: Int32,
+    crossings: Table,
+    counts: Int64,
+    slot: int,
+) -> None:
     """Take the flow of a stream off its links; the last flow of each fills its place there."""
     for crossing in range(slots[slot].first_crossing, slots[slot].end_crossing):
         link = crossings[crossing].link
@@ -308,7 +379,7 @@ def leave_links(slots, links, flows, dirty, crossings, counts, slot):
 
 
 @compiled
-def mark_link(links, dirty, counts, link):
+def mark_link(links: Table, dirty: Int32, counts: Int64, link: int) -> None:
     """Share `link` anew at the end of this instant."""
     if not links[link].is_marked:
         links[link].is_marked = 1
@@ -316,8 +387,17 @@ def mark_link(links, dirty, counts, link):
         counts[DIRTY] += 1
 
 
-@compiled
-def collect(slots, links, flows, dirty, crossings, near_links, near_slots, counts):
+@inlined
+def collect(
+    slots: Table,
+    links: Table,
+    flows: Table,
+    dirty: Int32,
+    crossings: Table,
+    near_links: Int32,
+    near_slots: Int32,
+    counts: Int64,
+) -> tuple[int, int]:
     """Collect links and flows that hang together with the marked links; return their numbers."""
     counts[STAMP] += 1
     stamp, num_links, num_slots, seen = counts[STAMP], counts[DIRTY], 0, 0
@@ -350,8 +430,16 @@ def collect(slots, links, flows, dirty, crossings, near_links, near_slots, count
     return num_links, num_slots
 
 
-@compiled
-def fill(slots, links, flows, crossings, near_links, num_links, num_left):
+@inlined
+def fill(
+    slots: Table,
+    links: Table,
+    flows: Table,
+    crossings: Table,
+    near_links: Int32,
+    num_links: int,
+    num_left: int,
+) -> None:
     """Raise all rates together; the links that fill up first fix the rates of their flows."""
     while num_left > 0:
         tightest, share, place = -1, np.inf, 0
@@ -381,8 +469,10 @@ def fill(slots, links, flows, crossings, near_links, num_links, num_left):
                 links[link].num_open -= 1
 
 
-@compiled
-def change_rates(slots, heap, near_slots, counts, num_slots, now):
+@inlined
+def change_rates(
+    slots: Table, heap: Int32, near_slots: Int32, counts: Int64, num_slots: int, now: int
+) -> None:
     """Let flows whose rate has changed go on at the new one."""
     for place in range(num_slots):
         slot = near_slots[place]
@@ -398,8 +488,8 @@ def change_rates(slots, heap, near_slots, counts, num_slots, now):
 # anything is decided on them.
 
 
-@compiled
-def move(slots, heap, size, slot):
+@inlined
+def move(slots: Table, heap: Int32, size: int, slot: int) -> None:
     """Put a slot where it belongs after its due time has changed."""
     place = slots[slot].place
     if place > 0 and slots[slot].due_ns < slots[heap[(place - 1) // 2]].due_ns:
@@ -408,8 +498,8 @@ def move(slots, heap, size, slot):
         sink(slots, heap, size, slot, place)
 
 
-@compiled
-def rise(slots, heap, slot, place):
+@inlined
+def rise(slots: Table, heap: Int32, slot: int, place: int) -> None:
     """Let a slot rise from `place`."""
     due = slots[slot].due_ns
     while place > 0:
@@ -424,8 +514,8 @@ def rise(slots, heap, slot, place):
     slots[slot].place = place
 
 
-@compiled
-def sink(slots, heap, size, slot, place):
+@inlined
+def sink(slots: Table, heap: Int32, size: int, slot: int, place: int) -> None:
     """Let a slot sink from `place`; it is not smaller than what stands above."""
     due = slots[slot].due_ns
     while 2 * place + 1 < size:
@@ -443,7 +533,7 @@ def sink(slots, heap, size, slot, place):
 
 
 @compiled
-def reach(ops, followers, meets, members):
+def reach(ops: Table, followers: Int32, meets: Table, members: Int32) -> None:
     """Start whatever can ever start, without times: `start_ns` is 0 there, -1 in a circle.
 
     Takes `waiting` and `missing` down as `run` does.
@@ -465,7 +555,7 @@ def reach(ops, followers, meets, members):
 
 
 @compiled
-def list_ready(ops, meets, members, stack, size, op):
+def list_ready(ops: Table, meets: Table, members: Int32, stack: Int32, size: int, op: int) -> int:
     """Put `op`, or all of its meet once the last member is there, on the stack."""
     meet = ops[op].meet
     if meet < 0:

@@ -199,9 +199,15 @@ def _check(graph: TaskGraph) -> None:
         raise ValueError(
             f"op {graph.label(op_id)} is alone in meet {graph.meet[op_id]}; its partner is missing"
         )
-    crossed = np.array([c.link for path in graph.paths for c in path] or [0], np.int64)
-    if any(not path for path in graph.paths) or (crossed < 0).any():
-        raise ValueError("a path crosses no link; leave the op without a path instead")
+    is_queue = np.array([stream.is_queue for stream in graph.streams], np.bool_)
+    queued = np.flatnonzero((graph.meet >= 0) & is_queue[graph.stream])
+    if len(queued):
+        raise ValueError(f"op {graph.label(int(queued[0]))} queues and meets; it can do one of both")
+    for place, path in enumerate(graph.paths):
+        crossed = [crossing.link for crossing in path]
+        if not path or min(crossed) < 0 or len(set(crossed)) < len(path):
+            user = graph.label(int(np.argmax(graph.path == place)))
+            raise ValueError(f"op {user} crosses links {crossed}; it needs some, each only once")
     is_received = np.zeros(num_ops, np.bool_)
     is_received[graph.deps] = True
     is_message = (graph.kind == KINDS.index("send")) & (graph.meet < 0)

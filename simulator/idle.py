@@ -24,7 +24,7 @@ import numpy.typing as npt
 from simulator.checks import Int64
 from simulator.critical import bindings
 from simulator.engine import Simulation
-from simulator.graph import KINDS, Int32
+from simulator.graph import KINDS, Int32, Stream
 from simulator.timeline import Kind
 
 COMMUNICATION: tuple[Kind, ...] = (
@@ -78,26 +78,32 @@ def stream_uses(simulation: Simulation) -> tuple[StreamUse, ...]:
     np.add.at(causes, gaps.stream, waited)
     stragglers = _sum_by(gaps.stream, late, len(busy))
     held = _sum_by(gaps.stream, gaps.until_ns - gaps.since_ns - waited.sum(axis=1), len(busy))
-    uses = []
-    for place, stream in enumerate(graph.streams):
-        own = dict(zip(KINDS, busy[place].tolist(), strict=True))
-        idle = dict(zip(KINDS, causes[place].tolist(), strict=True))
-        own_wait, others_wait, partners = own.pop("wait"), idle.pop("wait"), int(stragglers[place])
-        exposed = {kind: idle.pop(kind) for kind in COMMUNICATION}
-        host = sum(idle.pop(kind) for kind in HOST)
-        uses.append(
-            StreamUse(
-                rank=stream.rank,
-                stream=stream.name,
-                busy_ns={kind: ns for kind, ns in own.items() if ns},
-                exposed_ns={kind: ns for kind, ns in exposed.items() if ns},
-                bubble_ns=sum(idle.values()) - partners,
-                straggler_ns=own_wait + others_wait + partners,
-                host_ns=host,
-                held_ns=int(held[place]),
-            )
-        )
-    return tuple(uses)
+    rows = zip(
+        graph.streams, busy.tolist(), causes.tolist(), stragglers.tolist(), held.tolist(),
+        strict=True,
+    )  # fmt: skip
+    return tuple(_use(*row) for row in rows)
+
+
+def _use(
+    stream: Stream, busy: list[int], causes: list[int], late_partners_ns: int, held_ns: int
+) -> StreamUse:
+    """Return the use of one stream from its busy and idle time by kind, [K] each."""
+    own = dict(zip(KINDS, busy, strict=True))
+    idle = dict(zip(KINDS, causes, strict=True))
+    waits_ns = own.pop("wait") + idle.pop("wait")
+    exposed = {kind: idle.pop(kind) for kind in COMMUNICATION}
+    host_ns = sum(idle.pop(kind) for kind in HOST)
+    return StreamUse(
+        rank=stream.rank,
+        stream=stream.name,
+        busy_ns={kind: ns for kind, ns in own.items() if ns},
+        exposed_ns={kind: ns for kind, ns in exposed.items() if ns},
+        bubble_ns=sum(idle.values()) - late_partners_ns,
+        straggler_ns=waits_ns + late_partners_ns,
+        host_ns=host_ns,
+        held_ns=held_ns,
+    )
 
 
 def _sum_by(group: npt.NDArray[np.integer], values: Int64, num_groups: int) -> Int64:

@@ -51,9 +51,8 @@ class Jitter:
         a backward; anything above is left as it is.
         """
         part = np.asarray(part, np.int64)
-        place = draws(
-            self.seed, part, np.asarray(stage, np.int64), np.asarray(microbatch, np.int64)
-        )
+        stage, microbatch = np.asarray(stage, np.int64), np.asarray(microbatch, np.int64)
+        place = draws(self.seed, part, stage, microbatch)
         factor = self.tables()[(part >= 4).astype(np.int64), place]
         return np.where(part < 6, scaled(ns, factor), ns)
 
@@ -74,14 +73,16 @@ def draws(seed: int, part: Int64, stage: Int64, microbatch: Int64) -> Int64:
     [2789, 2317]
     """
     key = mix(mix((seed ^ (part * STRIDE)) & MASK) ^ stage)
-    return mix(key ^ (microbatch & MASK)) >> (32 - TABLE_BITS)
+    place: Int64 = mix(key ^ (microbatch & MASK)) >> (32 - TABLE_BITS)
+    return place
 
 
 def mix(x: Int64) -> Int64:
     """Return 32 bits that depend on all 32 bits of `x`."""
     x = ((x ^ (x >> 16)) * MULTIPLIER_1) & MASK
     x = ((x ^ (x >> 15)) * MULTIPLIER_2) & MASK
-    return x ^ (x >> 16)
+    mixed: Int64 = x ^ (x >> 16)
+    return mixed
 
 
 @lru_cache(maxsize=256)
@@ -89,6 +90,6 @@ def quantile_table(spread: float) -> Int64:
     """Return 4,096 equally likely factors of a log-normal of mean 1, in units of 2^-20."""
     normal = NormalDist()
     factors = np.array([exp(spread * normal.inv_cdf((i + 0.5) / 4096)) for i in range(4096)])
-    table = np.round(factors / factors.mean() * (1 << FACTOR_BITS)).astype(np.int64)
+    table: Int64 = np.round(factors / factors.mean() * (1 << FACTOR_BITS)).astype(np.int64)
     table.flags.writeable = False
     return table

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
@@ -18,13 +18,12 @@ from simulator.event_kernels import (
     NUM_COUNTS,
     OP,
     SLOT,
+    Table,
     reach,
     run,
 )
 from simulator.graph import Int32, OpCosts, TaskGraph
 from simulator.network import CapacityChange, Change, Link
-
-Table = np.recarray[Any, Any]
 
 
 def run_loop(

@@ -45,12 +45,9 @@ def encode(kind: npt.ArrayLike, stage: npt.ArrayLike, microbatch: npt.ArrayLike)
     >>> [str(action) for action in decode(encode(F, 2, np.arange(3)))]
     ['2F0', '2F1', '2F2']
     """
-    codes: Codes = (
-        np.left_shift(np.asarray(microbatch, np.int64), MICROBATCH_SHIFT)
-        | np.left_shift(np.asarray(stage, np.int64), STAGE_SHIFT)
-        | np.asarray(kind, np.int64)
-    )
-    return codes
+    kinds, stages, microbatches = (np.asarray(a, np.int64) for a in (kind, stage, microbatch))
+    codes: Codes = np.bitwise_or(microbatches << MICROBATCH_SHIFT, stages << STAGE_SHIFT)
+    return np.bitwise_or(codes, kinds)
 
 
 def decode(codes: Codes) -> tuple[Action, ...]:
@@ -193,9 +190,7 @@ def check_size(name: str, num_stages: int, num_microbatches: int, num_ranks: int
         )
 
 
-def _homes(
-    name: str, num_stages: int, codes: Codes, offsets: Codes
-) -> npt.NDArray[np.int32]:
+def _homes(name: str, num_stages: int, codes: Codes, offsets: Codes) -> npt.NDArray[np.int32]:
     """Return the rank of each stage; raise ValueError for a stage on two ranks, or out of range."""
     stages = (codes >> STAGE_SHIFT) & STAGE_MASK
     if len(codes) and int(stages.max()) >= num_stages:

@@ -25,7 +25,7 @@ Sync = Literal["bsp", "ssp", "asp"]
 slowest has done. `asp`, asynchronous: nobody for anybody.
 """
 
-MAX_WORKERS, MAX_STEPS = 100_000, 50_000_000
+MAX_WORKERS, MAX_STEPS = 100_000, 20_000_000
 DRAWN_AT_ONCE = 256
 
 Process = Generator[simpy.Event, Any, None]
@@ -40,10 +40,9 @@ class ServerSpec:
     order of arrival, and all servers see the same queue. `spread` is the standard deviation of the
     logarithm of a step's noise, of mean 1.
 
-    An outage takes one worker away: what it was computing is lost, the others wait for it in vain
-    for `detection_ns`, and it rejoins after `away_ns`, but not before it was missed, level with the
-    slowest. There is no notice:
-    a worker's state is at the servers.
+    An outage takes one worker away: what it was computing is lost, and whoever waits for it waits
+    in vain for `detection_ns`. It rejoins after `away_ns`, but not before it was missed, level with
+    the slowest. There is no notice, as there is nothing to save: the weights are at the servers.
 
     Source of the bound: Ho et al., "More effective distributed ML via a stale synchronous parallel
     parameter server", NIPS 2013.

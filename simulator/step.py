@@ -9,9 +9,9 @@ sender's compute goes on at once and is charged nothing; the receiver's action s
 than the message ends; what a send or a receive costs the host belongs to the actions' own times.
 
 * `eager`: the message starts when its action has ended and its link is free.
-* `rendezvous`: it also waits until the receiver has posted the receive, which it does when the
-  action before the reading one on its compute stream has ended. Ranks whose orders of sends and
-  receives disagree block each other for ever, as they do with NCCL; an eager message forgives that.
+* `rendezvous`: it also waits until the receiver has posted the receive. Receives take the order of
+  the sends, since two ends that disagree would wait for ever: a receive is posted in front of the
+  action that reads it, or of the first one that reads a later message of the same link.
 
 A rank does the `before` of its stages, walks its actions on its stream `compute`, then does the
 `after` of its stages, kind by kind. All of it in one replica: a tensor-parallel group is one rank.
@@ -27,7 +27,7 @@ import numpy.typing as npt
 from simulator.checks import Int64, whole_numbers
 from simulator.graph import KINDS, Int32, OpCosts, Stream, TaskGraph
 from simulator.jitter import Jitter
-from simulator.schedule import MICROBATCH_SHIFT, STAGE_MASK, STAGE_SHIFT, Schedule, W, decode
+from simulator.schedule import MICROBATCH_SHIFT, STAGE_MASK, STAGE_SHIFT, F, Schedule, W, decode
 from simulator.timeline import Kind
 
 Convention = Literal["eager", "rendezvous"]
@@ -56,12 +56,12 @@ class StepTimes:
     @property
     def num_stages(self) -> int:
         """Stages."""
-        return self.ns.shape[1]
+        return int(self.ns.shape[1])
 
     @property
     def num_lanes(self) -> int:
         """Candidates side by side."""
-        return self.ns.shape[2]
+        return int(self.ns.shape[2])
 
     def lane(self, lane: int) -> "StepTimes":
         """Return one candidate alone."""
@@ -133,10 +133,11 @@ class LoweredStep:
     """The graph of a step, and which time each op takes: part, stage and micro-batch, int [N].
 
     Ops are numbered rank by rank (before, actions, after), then the messages in the order of the
-    actions that send them.
+    actions that send them. `action_op` [A] is the op of each action in `schedule.codes`.
     """
 
     graph: TaskGraph
+    action_op: Int64
     part: Int64
     stage: Int64
     microbatch: Int64
@@ -149,6 +150,64 @@ class LoweredStep:
         return OpCosts(ns=np.ascontiguousarray(ns), size_bytes=np.zeros(len(ns), np.int64))
 
 
+@dataclass(frozen=True, slots=True, kw_only=True, eq=False)
+class Dataflow:
+    """Who reads whose output, as places in `schedule.codes`.
+
+    `reader[i]` waits for `source[i]` on its own rank. Message j goes from `sender[j]` to
+    `receiver[j]` over link `link[j]`, which leads from rank `links[link[j], 0]` to `links[link[j],
+    1]`; messages stand in the order of their senders.
+    """
+
+    reader: Int64
+    source: Int64
+    sender: Int64
+    receiver: Int64
+    link: Int64
+    links: Int64
+
+    def posts(self) -> Int64:
+        """Return the action in front of which each message's receive is posted (rendezvous)."""
+        by_link = np.argsort(self.link, kind="stable")
+        # The least reader from here on; a step between links keeps those of one apart.
+        step = int(self.receiver.max(initial=0)) + 1
+        key = self.receiver[by_link] + self.link[by_link] * step
+        least = np.minimum.accumulate(key[::-1])[::-1] - self.link[by_link] * step
+        posts = np.empty_like(self.receiver)
+        posts[by_link] = least
+        return posts
+
+
+def dataflow(schedule: Schedule) -> Dataflow:
+    """Return what the actions of `schedule` hand on, within a rank and between ranks."""
+    codes, m, homes = schedule.codes, schedule.num_microbatches, schedule.homes
+    kind, stage = codes & 3, (codes >> STAGE_SHIFT) & STAGE_MASK
+    way = np.minimum(kind, 1)
+    cell = stage * m + (codes >> MICROBATCH_SHIFT)
+    # Where each output is made: the forward of a cell, and its whole or input-half backward.
+    made = np.full((2, schedule.num_stages * m), -1, np.int64)
+    maker = np.flatnonzero(kind != W)
+    made[way[maker], cell[maker]] = maker
+    own = np.flatnonzero(kind != F)
+    own_source = made[(kind[own] == W).astype(np.int64), cell[own]]
+    source_stage = stage[maker] + 2 * way[maker] - 1
+    reader = maker[(source_stage >= 0) & (source_stage < schedule.num_stages)]
+    source = made[way[reader], cell[reader] + (2 * way[reader] - 1) * m]
+    crosses = homes[stage[reader]] != homes[stage[source]]
+    by_sender = np.argsort(source[crosses], kind="stable")
+    sender, receiver = source[crosses][by_sender], reader[crosses][by_sender]
+    pairs = np.stack((homes[stage[sender]], homes[stage[receiver]]))
+    links, link = np.unique(pairs, axis=1, return_inverse=True)
+    return Dataflow(
+        reader=np.concatenate((own, reader[~crosses])),
+        source=np.concatenate((own_source, source[~crosses])),
+        sender=sender,
+        receiver=receiver,
+        link=link.ravel(),
+        links=links.T,
+    )
+
+
 def lower(
     schedule: Schedule,
     before: Sequence[Kind] = (),
@@ -157,48 +216,30 @@ def lower(
 ) -> LoweredStep:
     """Return the task graph of one step under `schedule` and the message `convention`."""
     rows = _action_rows(schedule, len(before), len(after))
-    m, homes = schedule.num_microbatches, schedule.homes
-    kind, stage = rows.code & 3, (rows.code >> STAGE_SHIFT) & STAGE_MASK
-    cell = stage * m + (rows.code >> MICROBATCH_SHIFT)
-    # Where each output is made: the forward of a cell, and its whole or input-half backward.
-    made = np.full((2, schedule.num_stages * m), -1, np.int64)
-    is_weight = kind == W
-    made[np.minimum(kind, 1)[~is_weight], cell[~is_weight]] = np.flatnonzero(~is_weight)
-    step = np.where(kind == 0, -1, 1)
-    source_stage = stage + step
-    reads = ~is_weight & (source_stage >= 0) & (source_stage < schedule.num_stages)
-    reader = np.flatnonzero(reads)
-    source = made[np.minimum(kind, 1)[reader], cell[reader] + step[reader] * m]
-    crosses = homes[stage[reader]] != homes[stage[source]]
-    # Messages in the order of the actions that send them.
-    by_sender = np.argsort(source[crosses], kind="stable")
-    sender, receiver = source[crosses][by_sender], reader[crosses][by_sender]
+    flows = dataflow(schedule)
+    sender, receiver = flows.sender, flows.receiver
     num_ops = rows.num_ops
     message = num_ops + np.arange(len(sender))
-    own = np.flatnonzero(kind > 0)
-    own_source = np.where(kind[own] == W, made[1, cell[own]], made[0, cell[own]])
     ends = [
-        (rows.op[own], rows.op[own_source]),
-        (rows.op[reader[~crosses]], rows.op[source[~crosses]]),
+        (rows.op[flows.reader], rows.op[flows.source]),
         (rows.op[receiver], message),
         (message, rows.op[sender]),
     ]
     if convention == "rendezvous":
-        is_later = rows.op[receiver] > rows.first_op[rows.rank[receiver]]
-        ends.append((message[is_later], rows.op[receiver[is_later]] - 1))
+        post = rows.op[flows.posts()]
+        is_later = post > rows.first_op[rows.rank[receiver]]
+        ends.append((message[is_later], post[is_later] - 1))
     deps, dep_offsets = _dependencies(ends, num_ops + len(message))
-    links, link = np.unique(
-        np.stack((rows.rank[sender], rows.rank[receiver])), axis=1, return_inverse=True
-    )
-    part = np.concatenate((rows.part, np.where(kind[sender] == 0, SEND_F, SEND_B)))
+    sent = rows.code[sender]
+    part = np.concatenate((rows.part, np.where(sent & 3 == F, SEND_F, SEND_B)))
     kinds = np.array([KINDS.index(k) for k in (*_PART_KINDS, *before, *after)], np.int8)
     graph = TaskGraph(
         streams=(
             *(Stream(rank, "compute") for rank in range(schedule.num_ranks)),
-            *(Stream(there, f"to {here}") for there, here in links.T.tolist()),
+            *(Stream(there, f"to {here}") for there, here in flows.links.tolist()),
         ),
         names=_Names(schedule, rows, (*before, *after), sender, rows.rank[receiver]),
-        stream=np.concatenate((rows.op_rank, schedule.num_ranks + link.ravel())).astype(np.int32),
+        stream=np.concatenate((rows.op_rank, schedule.num_ranks + flows.link)).astype(np.int32),
         kind=kinds[part],
         deps=deps,
         dep_offsets=dep_offsets,
@@ -207,9 +248,10 @@ def lower(
     )
     return LoweredStep(
         graph=graph,
+        action_op=rows.op,
         part=part,
-        stage=np.concatenate((rows.op_stage, stage[sender])),
-        microbatch=np.concatenate((rows.op_microbatch, rows.code[sender] >> MICROBATCH_SHIFT)),
+        stage=np.concatenate((rows.op_stage, (sent >> STAGE_SHIFT) & STAGE_MASK)),
+        microbatch=np.concatenate((rows.op_microbatch, sent >> MICROBATCH_SHIFT)),
     )
 
 
@@ -286,7 +328,7 @@ class _Names(Sequence[str]):
     def __len__(self) -> int:
         return self._rows.num_ops + len(self._sender)
 
-    def __getitem__(self, op_id):  # type: ignore[no-untyped-def, override]
+    def __getitem__(self, op_id):  # type: ignore[no-untyped-def]
         if isinstance(op_id, slice):
             return [self[i] for i in range(*op_id.indices(len(self)))]
         rows = self._rows

@@ -27,7 +27,7 @@ Cause = Literal[
 """
 Phase = Literal["training", "lost", "detection", "waiting", "restart", "maintenance"]
 
-MAX_NODES, MAX_STRIKES = 2_000_000, 2_000_000
+MAX_NODES, MAX_STRIKES = 250_000, 2_000_000
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

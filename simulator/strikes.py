@@ -18,6 +18,7 @@ from simulator.jitter import MASK, mix
 HOUR_NS = 3_600_000_000_000
 NEVER_NS = 1 << 60
 """Later than any story can last; two of them still add up in int64."""
+DRAWN_AT_ONCE = 4096
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -125,13 +126,15 @@ class Clocks:
 
     def __init__(self, disturbances: Sequence[Disturbance], num_nodes: int, seed: int) -> None:
         names = np.array([crc32(kind.name.encode()) for kind in disturbances], np.int64)
+        keys = mix(mix(np.array([seed])) ^ names)[:, None]
         self._num_nodes = num_nodes
-        self._keys = mix(mix(np.array([seed])) ^ names)[:, None]
+        self._kinds = np.arange(len(names))
+        self._lives = mix(keys ^ np.arange(num_nodes))
         self._scale_ns = np.array([_scale_ns(kind) for kind in disturbances])[:, None]
         self._power = np.array([1 / kind.shape for kind in disturbances])[:, None]
         self._occurrence = np.zeros((len(names), num_nodes), np.int64)
-        every = slice(None)
-        self._next_ns = self._gaps_ns(every, np.arange(num_nodes)[None, :])
+        self._gaps_ns = self._draw(0)
+        self._next_ns = self._gaps_ns[0].copy()
 
     def first(self) -> tuple[int, int, int]:
         """Return moment, disturbance and node of the next strike; the order given breaks ties."""
@@ -164,18 +167,22 @@ class Clocks:
         return self._begin(slice(None), node, now_ns)
 
     def _begin(self, kinds: slice, node: int, now_ns: int) -> int:
-        self._occurrence[kinds, node] += 1
-        moments = now_ns + self._gaps_ns(kinds, np.array([[node]]))
-        self._next_ns[kinds, node] = moments[:, 0]
-        return int(moments.min())
+        occurrence = self._occurrence[kinds, node]
+        occurrence += 1
+        while occurrence.max() >= len(self._gaps_ns):
+            self._gaps_ns = np.concatenate((self._gaps_ns, self._draw(len(self._gaps_ns))))
+        moments_ns = now_ns + self._gaps_ns[occurrence, self._kinds[kinds], node]
+        self._next_ns[kinds, node] = moments_ns
+        return int(moments_ns.min())
 
-    def _gaps_ns(self, kinds: slice, nodes: Int64) -> Int64:
-        occurrence = self._occurrence[kinds, nodes[0]]
-        place = mix(mix(self._keys[kinds] ^ nodes) ^ occurrence)
+    def _draw(self, first: int) -> Int64:
+        """Return gaps [occurrence, kind, node] from occurrence `first` on, as many as are cheap."""
+        num_drawn = max(1, DRAWN_AT_ONCE // max(1, self._lives.size))
+        occurrence = np.arange(first, first + num_drawn)[:, None, None]
+        place = mix(self._lives ^ occurrence)
         exponential = -np.log((place + 0.5) / (MASK + 1))
-        gaps = self._scale_ns[kinds] * exponential ** self._power[kinds]
-        gaps_ns: Int64 = np.clip(np.rint(gaps), 1, NEVER_NS).astype(np.int64)
-        return gaps_ns
+        gaps_ns: Int64 = np.rint(self._scale_ns * exponential**self._power).clip(1, NEVER_NS)
+        return gaps_ns.astype(np.int64)
 
 
 def _scale_ns(kind: Disturbance) -> float:

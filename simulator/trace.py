@@ -86,7 +86,7 @@ def perfetto_trace(timelines: Sequence[Timeline], *, overlays: Sequence[Overlay]
 def _events(line: Timeline, shown: Overlay, numbers: Iterator[int]) -> Iterator[Event]:
     """Yield the events of one timeline.
 
-    Spans come first: at equal times the viewer takes events in the order of the file, and an arrow
+    Spans come before arrows: at equal times the viewer takes events in the order of the file, and an arrow
     binds to the span that is open on its thread at that moment.
     """
     streams: dict[int, list[str]] = {}

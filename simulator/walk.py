@@ -15,12 +15,12 @@ from simulator.deadlock import DeadlockError
 from simulator.jitter import MASK, STRIDE, Jitter, mix
 from simulator.loop import wire
 from simulator.schedule import Schedule
-from simulator.step import Convention, StepTimes, lower
+from simulator.step import Convention, StepTimes, dataflow, lower
 from simulator.walk_kernels import UNKNOWN, follow, walk
 
 LANES = 16
 """Candidates timed side by side: enough to fill vector registers, few enough for the cache."""
-_NO_TABLES = np.zeros((2, 0), np.int64)
+_NO_TABLES, _NOTHING = np.zeros((2, 0), np.int64), np.zeros(0, np.int64)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)
@@ -68,7 +68,7 @@ def walk_step(
     num_done = walk(
         schedule.codes, schedule.offsets, m, np.ascontiguousarray(times.ns[:6, :, lane]), keys,
         _NO_TABLES if jitter is None else jitter.tables(), link_of, num_links,
-        convention == "rendezvous", before, inputs, action_ends, sequence,
+        before, inputs, action_ends, sequence, *_rendezvous(schedule, convention, num_links),
     )  # fmt: skip
     if num_done < schedule.num_actions:
         raise blocked(schedule, convention)
@@ -103,18 +103,21 @@ def step_ns(
     if jitters:
         if times.num_lanes not in (1, len(jitters)):
             raise ValueError(f"{len(jitters)} jitters for {times.num_lanes} lanes; give as many")
-        lanes = [lane if times.num_lanes > 1 else 0 for lane in range(len(jitters))]
         return np.array(
             [
-                walk_step(schedule, times, lane, convention, jitter).makespan_ns
-                for lane, jitter in zip(lanes, jitters, strict=True)
+                walk_step(schedule, times, i % times.num_lanes, convention, jitter).makespan_ns
+                for i, jitter in enumerate(jitters)
             ]
         )
-    first = walk_step(schedule, times, 0, convention)
-    results = [np.array([first.makespan_ns])]
-    for start in range(1, times.num_lanes, LANES):
-        results.append(_follow(schedule, times, start, convention, first.sequence))
-    return np.concatenate(results)
+    if convention == "rendezvous":
+        lanes = range(times.num_lanes)
+        return np.array([walk_step(schedule, times, i, convention).makespan_ns for i in lanes])
+    first = walk_step(schedule, times)
+    rest = [
+        _follow(schedule, times, start, first.sequence)
+        for start in range(1, times.num_lanes, LANES)
+    ]
+    return np.concatenate([np.array([first.makespan_ns]), *rest])
 
 
 def check_times(schedule: Schedule, times: StepTimes) -> None:
@@ -152,11 +155,25 @@ def links_of(schedule: Schedule) -> tuple[Int64, int]:
     return pairs, len(links)
 
 
+def _rendezvous(
+    schedule: Schedule, convention: Convention, num_links: int
+) -> tuple[Int64, Int64, Int64, Int64]:
+    """Return what each action reads, and senders, posts and first of the messages by link."""
+    if convention == "eager":
+        return _NOTHING, _NOTHING, _NOTHING, _NOTHING
+    flows = dataflow(schedule)
+    by_link = np.argsort(flows.link, kind="stable")
+    reads = np.full(schedule.num_actions, -1, np.int64)
+    reads[flows.receiver[by_link]] = np.arange(len(by_link))
+    counts = np.bincount(flows.link, minlength=num_links)
+    first = np.concatenate(([0], np.cumsum(counts)[:-1]))
+    return reads, flows.sender[by_link], flows.posts()[by_link], first
+
+
 def _follow(
     schedule: Schedule,
     times: StepTimes,
     start: int,
-    convention: Convention,
     sequence: npt.NDArray[np.int32],
 ) -> Int64:
     lanes = slice(start, min(start + LANES, times.num_lanes))
@@ -167,7 +184,7 @@ def _follow(
     follow(
         schedule.codes, sequence, schedule.homes, schedule.num_microbatches,
         np.ascontiguousarray(times.ns[:6, :, lanes]), link_of, num_links,
-        convention == "rendezvous", before, inputs,
+        before, inputs,
     )  # fmt: skip
     ends: Int64 = np.maximum((before + after).max(axis=0), inputs.max(axis=(0, 1)))
     return ends

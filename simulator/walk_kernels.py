@@ -4,31 +4,51 @@ Callers check everything; nothing here does.
 """
 
 import numpy as np
+import numpy.typing as npt
 
+from simulator.checks import Int64
 from simulator.compiled import compiled
 
-NO_LINK, UNKNOWN = -1, -1
+Int32 = npt.NDArray[np.int32]
+
+UNKNOWN = -1
 
 
 @compiled
-def draw(key, microbatch):
+def draw(key: int, microbatch: int) -> int:
     """Return the table place of one micro-batch; the same lines as `jitter.mix`."""
     x = key ^ (microbatch & 0xFFFFFFFF)
     x = ((x ^ (x >> 16)) * 0x7FEB352D) & 0xFFFFFFFF
     x = ((x ^ (x >> 15)) * 0x45D9F3B) & 0xFFFFFFFF
-    return (x ^ (x >> 16)) >> 20
+    return int((x ^ (x >> 16)) >> 20)
 
 
 @compiled
-def jittered(ns, table, key, microbatch):
+def jittered(ns: int, table: Int64, key: int, microbatch: int) -> int:
     """Return `ns` times its factor / 2^20, rounded down."""
     factor = table[draw(key, microbatch)]
-    return (ns >> 20) * factor + (((ns & 0xFFFFF) * factor) >> 20)
+    return int((ns >> 20) * factor + (((ns & 0xFFFFF) * factor) >> 20))
 
 
 @compiled
-def walk(codes, offsets, m, times, keys, tables, link_of, num_links, rendezvous, clock, arrivals,
-         ends, sequence):  # fmt: skip
+def walk(
+    codes: Int64,
+    offsets: Int64,
+    m: int,
+    times: Int64,
+    keys: Int64,
+    tables: Int64,
+    link_of: Int64,
+    num_links: int,
+    clock: Int64,
+    arrivals: Int64,
+    ends: Int64,
+    sequence: Int32,
+    reads: Int64,
+    senders: Int64,
+    posts: Int64,
+    turns: Int64,
+) -> int:
     """Walk all ranks' orders of one candidate; return how many actions were done.
 
     codes [A]; offsets [p + 1]; times and keys [6, S]; link_of [2, S]; clock [p], in: when each
@@ -36,14 +56,14 @@ def walk(codes, offsets, m, times, keys, tables, link_of, num_links, rendezvous,
     there from the start, out: the end of each message; ends [A]; sequence [A], out: the actions in
     an order in which each comes after all that it waits for. `tables` [2, 4096] is [2, 0] where
     nothing is drawn. Fewer than A: the ranks block each other.
+
+    In a rendezvous, messages stand link by link in the order of their sends: reads [A] is the
+    message that an action reads (-1: none), senders and posts [M] as in `Dataflow`, turns [K] the
+    first message of each link. When messages are eager, reads is empty.
     """
     num_ranks, num_stages, draws = len(clock), times.shape[1], tables.shape[1] > 0
-    link_free = np.zeros(num_links, np.int64)
-    # In a rendezvous messages must be received in the order in which they were sent.
-    num_sent, num_received = np.zeros(num_links, np.int64), np.zeros(num_links, np.int64)
-    turn = np.zeros((2, arrivals.shape[1] if rendezvous else 0), np.int64)
-    cursor = offsets[:-1].copy()
-    num_done, num_before = 0, -1
+    link_free, begin, cursor = np.zeros(num_links, np.int64), clock.copy(), offsets[:-1].copy()
+    is_eager, num_done, num_before = len(reads) == 0, 0, -1
     while num_done > num_before:
         num_before = num_done
         # Down the ranks, as forwards go, and up again, as gradients do.
@@ -55,29 +75,26 @@ def walk(codes, offsets, m, times, keys, tables, link_of, num_links, rendezvous,
                 kind, stage, microbatch = code & 3, (code >> 2) & 0x3FFFFF, code >> 24
                 way = 0 if kind == 0 else 1
                 if kind != 3:
-                    slot, source = stage * m + microbatch, stage - 1 + 2 * way
-                    arrival = arrivals[way, slot]
-                    link = link_of[way, source] if 0 <= source < num_stages else NO_LINK
-                    if arrival < 0 or (
-                        rendezvous and link >= 0 and turn[way, slot] != num_received[link]
-                    ):
+                    slot = stage * m + microbatch
+                    if arrivals[way, slot] < 0:
                         break
-                    if rendezvous and link >= 0:
-                        num_received[link] += 1
-                        send = duration_of(
-                            4 + way, source, microbatch, times, keys, tables[1], draws
-                        )
-                        arrival = max(arrival, now, link_free[link]) + send
-                        link_free[link] = arrivals[way, slot] = arrival
-                    now = max(now, arrival)
+                    if not is_eager and reads[place] >= 0:
+                        link = link_of[way, stage - 1 + 2 * way]
+                        while turns[link] <= reads[place]:
+                            turn = turns[link]
+                            sender, post = senders[turn], posts[turn]
+                            posted = ends[post - 1] if post > offsets[rank] else begin[rank]
+                            start = max(ends[sender], posted, link_free[link])
+                            link_free[link] = receive(
+                                codes[sender], start, m, times, keys, tables[1], draws, arrivals
+                            )
+                            turns[link] = turn + 1
+                    now = max(now, arrivals[way, slot])
                 now += duration_of(kind, stage, microbatch, times, keys, tables[0], draws)
                 reader = stage + 1 - 2 * way
                 if kind != 3 and 0 <= reader < num_stages:
                     link, slot, arrival = link_of[way, stage], reader * m + microbatch, now
-                    if rendezvous and link >= 0:
-                        turn[way, slot] = num_sent[link]
-                        num_sent[link] += 1
-                    elif link >= 0:
+                    if is_eager and link >= 0:
                         send = duration_of(
                             4 + way, stage, microbatch, times, keys, tables[1], draws
                         )
@@ -92,16 +109,47 @@ def walk(codes, offsets, m, times, keys, tables, link_of, num_links, rendezvous,
 
 
 @compiled
-def duration_of(part, stage, microbatch, times, keys, table, draws):
-    """Return the time of one part, drawn where `draws`."""
-    if draws:
-        return jittered(times[part, stage], table, keys[part, stage], microbatch)
-    return times[part, stage]
+def receive(
+    code: int,
+    start: int,
+    m: int,
+    times: Int64,
+    keys: Int64,
+    table: Int64,
+    draws: bool,
+    arrivals: Int64,
+) -> int:
+    """Note when the message of the action `code`, begun at `start`, has arrived; return that."""
+    kind, stage, microbatch = code & 3, (code >> 2) & 0x3FFFFF, code >> 24
+    way = 0 if kind == 0 else 1
+    end = start + duration_of(4 + way, stage, microbatch, times, keys, table, draws)
+    arrivals[way, (stage + 1 - 2 * way) * m + microbatch] = end
+    return end
 
 
 @compiled
-def follow(codes, sequence, homes, m, times, link_of, num_links, rendezvous, clock, arrivals):
-    """Time L candidates of one shape side by side, action by action in the order of a `walk`.
+def duration_of(
+    part: int, stage: int, microbatch: int, times: Int64, keys: Int64, table: Int64, draws: bool
+) -> int:
+    """Return the time of one part, drawn where `draws`."""
+    if draws:
+        return jittered(times[part, stage], table, keys[part, stage], microbatch)
+    return int(times[part, stage])
+
+
+@compiled
+def follow(
+    codes: Int64,
+    sequence: Int32,
+    homes: Int32,
+    m: int,
+    times: Int64,
+    link_of: Int64,
+    num_links: int,
+    clock: Int64,
+    arrivals: Int64,
+) -> None:
+    """Time L candidates of one shape, messages eager, action by action in the order of a `walk`.
 
     times [6, S, L]; clock [p, L], in: when each rank begins, out: when it is done; arrivals
     [2, S * m, L], all 0. The rest as in `walk`.
@@ -117,18 +165,13 @@ def follow(codes, sequence, homes, m, times, link_of, num_links, rendezvous, clo
                 now[lane] += work[lane]
             continue
         way = 0 if kind == 0 else 1
-        source, reader = stage - 1 + 2 * way, stage + 1 - 2 * way
+        reader = stage + 1 - 2 * way
         arrival = arrivals[way, stage * m + microbatch]
-        if rendezvous and 0 <= source < num_stages and link_of[way, source] >= 0:
-            free, send = link_free[link_of[way, source]], times[4 + way, source]
-            for lane in range(num_lanes):
-                arrival[lane] = max(arrival[lane], now[lane], free[lane]) + send[lane]
-                free[lane] = arrival[lane]
         for lane in range(num_lanes):
             now[lane] = max(now[lane], arrival[lane]) + work[lane]
         if 0 <= reader < num_stages:
             arrival, link = arrivals[way, reader * m + microbatch], link_of[way, stage]
-            if link < 0 or rendezvous:
+            if link < 0:
                 for lane in range(num_lanes):
                     arrival[lane] = now[lane]
             else:
