@@ -13,7 +13,7 @@ from executor.data import TokenStream, load_stream
 from executor.recipe import Recipe
 from executor.train import Trainer, run_steps
 from planner.layout import Layout
-from planner.schedule import one_f_one_b
+from planner.schedules.flush import one_f_one_b
 from profiles.model import ModelSpec
 from profiles.stack import StackSpec
 from profiles.workload import Workload

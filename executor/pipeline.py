@@ -18,7 +18,7 @@ from torch.distributed.tensor.parallel import loss_parallel
 from executor.model import LlamaStage
 from executor.recipe import Recipe
 from executor.recorder import Recorder
-from planner.schedule import Action
+from simulator.schedule import Action
 
 
 class Runner(Protocol):

@@ -4,10 +4,10 @@ from dataclasses import dataclass
 
 from planner.layout import Layout
 from planner.plan import Plan
-from planner.schedule import Schedule
 from profiles.model import ModelSpec
 from profiles.stack import StackSpec
 from profiles.workload import Workload
+from simulator.schedule import Schedule
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

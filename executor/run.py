@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from executor.job import RunJob, first_failure
+from planner.layout import RUNNABLE_SCHEDULES
 from planner.plan import Plan, save_plan
 from planner.record import StepRecord, read_steps
 from profiles.errors import InvalidInputError, UnsupportedError
@@ -66,19 +67,21 @@ def check_runnable(plan: Plan) -> None:
 def _check_schedule(plan: Plan) -> None:
     schedule = plan.parsed_schedule()
     layout = plan.layout
-    found = (schedule.num_stages, len(schedule.ranks), schedule.num_microbatches)
+    found = (schedule.num_stages, schedule.num_ranks, schedule.num_microbatches)
+    names = ", ".join(f'"{name}"' for name in RUNNABLE_SCHEDULES)
+    way_out = f"plan with search.schedule = [{names}] to run it"
     if found != (layout.pp, layout.pp, layout.num_microbatches):
         raise UnsupportedError(
             f"schedule {schedule.name}: {found[0]} stages on {found[1]} pipeline ranks with "
             f"{found[2]} micro-batches; one stage a rank, {layout.pp} of them, and "
-            f"{layout.num_microbatches} micro-batches can be run"
+            f"{layout.num_microbatches} micro-batches can be run; {way_out}"
         )
     for rank, actions in enumerate(schedule.ranks):
         if any(action.stage != rank for action in actions):
             raise UnsupportedError(f"schedule {schedule.name}: stage {rank} must be on rank {rank}")
         if split := next((action for action in actions if action.kind in "IW"), None):
             raise UnsupportedError(
-                f"schedule {schedule.name}: split backward {split} cannot be run; use gpipe or 1f1b"
+                f"schedule {schedule.name}: split backward {split} cannot be run; {way_out}"
             )
         forwards = [action.microbatch for action in actions if action.kind == "F"]
         if forwards != sorted(forwards):

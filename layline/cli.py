@@ -111,19 +111,16 @@ def plan(
 @click.option("--trace", type=FILE, help="Write a Perfetto trace (FILE.json.gz).")
 @as_json
 def simulate(plan: Path, trace: Path | None, as_json: bool) -> None:
-    """Time one plan: breakdown and memory per stage, and a trace."""
-    from layline.show import simulation_text
-    from layline.walk import load_plan, simulate_plan
+    """Time one plan: busy and idle time by cause, memory, critical path, and a trace."""
+    from layline.step import predicted_step, step_json, step_text, step_trace
+    from layline.walk import load_plan
     from profiles.files import write_bytes
-    from simulator.trace import perfetto_trace
 
     _spare([plan], trace)
-    loaded = load_plan(plan)
-    timeline = simulate_plan(loaded)
+    step = predicted_step(load_plan(plan))
     if trace is not None:
-        write_bytes(trace, perfetto_trace([timeline]))
-    _print({"plan_digest": loaded.plan_digest, "step_ns": timeline.makespan_ns,
-            "timeline": timeline}, simulation_text(loaded, timeline), as_json)  # fmt: skip
+        write_bytes(trace, step_trace(step))
+    _print(step_json(step), step_text(step), as_json)
     if trace is not None:
         click.echo(f"wrote {trace}", err=as_json)
 
@@ -135,8 +132,9 @@ def simulate(plan: Path, trace: Path | None, as_json: bool) -> None:
 @_out("A new directory for the run.")
 def run(plan: Path, steps: int, data: Path | None, output: Path) -> None:
     """Train PLAN.json for real on this machine's ranks and record what it took."""
-    from layline.show import duration, progress_bar
+    from layline.show import progress_bar
     from layline.walk import load_plan, load_run, run_series
+    from reports.words import duration
 
     loaded = load_plan(plan)
     predicted = duration(loaded.step.p50_ns)

@@ -7,7 +7,7 @@ from pathlib import Path
 import click
 
 from layline import __version__
-from layline.show import duration, plan_text, progress_bar, search_summary
+from layline.show import plan_text, progress_bar, search_summary
 from layline.walk import load_run, measure_profile, run_series
 from planner.plan import Plan, save_plan
 from planner.search import best_of_each_kind, make_plan, search
@@ -15,6 +15,7 @@ from profiles.errors import InvalidInputError
 from profiles.files import canonical_json, write_text
 from profiles.job import read_job
 from profiles.machine import default_ranks
+from reports.words import duration
 
 NUM_STEPS = 25
 MAX_RUNS = 6
@@ -85,13 +86,14 @@ def _report(directory: Path, plans: list[Plan]) -> None:
     """Print predicted against measured for each run, and write the page."""
     from reports.page import build_report
 
-    click.echo(f"\n{'layout':34} {'predicted':>10} {'measured':>10} {'error':>7}   loss")
+    width = max(34, *(len(str(plan.layout)) for plan in plans))
+    click.echo(f"\n{'layout':{width}} {'predicted':>10} {'measured':>10} {'error':>7}   loss")
     directories = [directory / "runs" / _slug(plan) for plan in plans]
     for plan, run in zip(plans, directories, strict=True):
         _, record = load_run(run)
         error = plan.step.p50_ns / record.median_step_ns - 1
         click.echo(
-            f"{plan.layout!s:34} {duration(plan.step.p50_ns):>10} "
+            f"{plan.layout!s:{width}} {duration(plan.step.p50_ns):>10} "
             f"{duration(record.median_step_ns):>10} {100 * error:>+6.1f}%   "
             f"{record.steps[0].loss:.3f} -> {record.steps[-1].loss:.3f}"
         )

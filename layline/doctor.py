@@ -3,10 +3,10 @@
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
-from layline.show import size
 from profiles.files import plain
 from profiles.machine import default_ranks, machine_facts
 from profiles.store import stored_profile, stored_profile_path
+from reports.words import size
 
 
 def examine() -> dict[str, Any]:

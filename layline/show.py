@@ -1,23 +1,13 @@
 """What the commands print: tables on stdout, progress on stderr. Decides nothing."""
 
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 from planner.plan import Plan
 from planner.search import SearchResult
-from profiles.quantity import format_quantity
-from simulator.timeline import Timeline
-
-
-def duration(value_ns: float) -> str:
-    """Return a time for people."""
-    return format_quantity(round(value_ns), "ns")
-
-
-def size(value_bytes: int) -> str:
-    """Return a size for people."""
-    return format_quantity(value_bytes, "bytes")
+from reports.words import KIND_NAMES, duration, size, stages_text
+from simulator.timeline import Kind, Timeline
 
 
 @contextmanager
@@ -37,7 +27,11 @@ def progress_bar(what: str) -> Iterator[Callable[[float, str], None]]:
 
 def plan_text(plan: Plan, num_shown: int) -> str:
     """Return the outcome of a search: counts, ranking, bottleneck, rejections."""
+    from planner.lower import simulate_plan
+
     num_rejected, rules = len(plan.rejections), _count_rules(plan)
+    shown = plan.ranking[:num_shown]
+    width = max(34, *(len(str(candidate.layout)) for candidate in shown))
     lines = [
         f"model {plan.model.name}  {plan.model.num_parameters / 1e6:,.1f} M parameters   "
         f"workload {plan.workload.global_batch} x {plan.workload.seq_len} tokens a step, "
@@ -46,46 +40,49 @@ def plan_text(plan: Plan, num_shown: int) -> str:
         f"{plan.profile.device.name}   profile of {plan.profile.measured_at}",
         f"best of {plan.num_layouts} layouts ({num_rejected} rejected{rules})",
         "",
-        f"{'':2} {'layout':34} {'step':>10} {'P10 to P90':>21} {'tokens/s':>9} {'memory':>10}",
+        f"{'':2} {'layout':{width}} {'step':>10} {'P10 to P90':>21} {'tokens/s':>9} {'memory':>10}",
     ]
-    for place, candidate in enumerate(plan.ranking[:num_shown]):
+    for place, candidate in enumerate(shown):
         step = candidate.step
         rate = plan.workload.tokens_per_step / step.p50_ns * 1e9
         band = f"{duration(step.p10_ns)} to {duration(step.p90_ns)}"
         mark = ">" if place == plan.chosen else ""
         lines.append(
-            f"{mark:2} {candidate.layout!s:34} {duration(step.p50_ns):>10} {band:>21} "
+            f"{mark:2} {candidate.layout!s:{width}} {duration(step.p50_ns):>10} {band:>21} "
             f"{rate:>9,.0f} {size(candidate.peak_bytes):>10}"
             + (" extrapolated" if step.is_extrapolated else "")
         )
-    lines += ["", f"bottleneck: {bottleneck(plan)}"]
+    lines += ["", f"bottleneck: {bottleneck(plan, simulate_plan(plan))}"]
     lines += [f"rejected: {r.layout}: {r.reason}" for r in plan.rejections[:num_shown]]
     if num_rejected > num_shown:
         lines.append(f"rejected: and {num_rejected - num_shown} more, all in the plan file")
     return "\n".join(lines)
 
 
-def bottleneck(plan: Plan) -> str:
-    """Return one sentence on the stage that sets the pace, and what it spends the step on."""
-    from planner.lower import simulate_plan
-
-    timeline = simulate_plan(plan)
+def bottleneck(plan: Plan, timeline: Timeline) -> str:
+    """Return one sentence on the rank that sets the pace, and what it spends the step on."""
     slowest = max(timeline.ranks, key=lambda rank: sum(_compute(timeline, rank).values()))
-    shares = _compute(timeline, slowest) | {
-        "idle": timeline.makespan_ns - sum(_compute(timeline, slowest).values())
-    }
-    parts = sorted(shares.items(), key=lambda item: -item[1])
-    text = ", ".join(
-        f"{kind.replace('_', '-')} {100 * ns / timeline.makespan_ns:.0f} %"
-        for kind, ns in parts
-        if ns > 0
+    busy_ns, step_ns = _compute(timeline, slowest), timeline.makespan_ns
+    stages = plan.stages_of(slowest)
+    text = shares({**busy_ns, "idle": step_ns - sum(busy_ns.values())}, step_ns)
+    sharing_ns = sum(
+        plan.costs[stage].tensor_parallel_forward_ns + plan.costs[stage].tensor_parallel_backward_ns
+        for stage in stages
     )
-    cost = plan.costs[slowest]
-    sharing = cost.tensor_parallel_forward_ns + cost.tensor_parallel_backward_ns
-    if sharing:
-        share = 100 * sharing * plan.layout.num_microbatches / timeline.makespan_ns
+    if sharing_ns:
+        share = 100 * sharing_ns * plan.layout.num_microbatches / step_ns
         text += f" (tensor-parallel all-reduce inside: {share:.0f} %)"
-    return f"stage {slowest}: {text}"
+    return f"{stages_text(stages)}: {text}"
+
+
+def shares(parts_ns: Mapping[str, int] | Mapping[Kind, int], total_ns: int) -> str:
+    """Return parts of a step in percent, the largest first.
+
+    >>> shares({"send": 1, "all_reduce": 3, "wait": 0}, 4)
+    'all-reduce 75 %, send 25 %'
+    """
+    parts = sorted(parts_ns.items(), key=lambda part: -part[1])
+    return ", ".join(f"{KIND_NAMES[kind]} {100 * ns / total_ns:.0f} %" for kind, ns in parts if ns)
 
 
 def _compute(timeline: Timeline, rank: int) -> dict[str, int]:
@@ -98,28 +95,6 @@ def _count_rules(plan: Plan) -> str:
         counts[rejection.rule] = counts.get(rejection.rule, 0) + 1
     text = ", ".join(f"{count} {rule}" for rule, count in sorted(counts.items()))
     return f": {text}" if text else ""
-
-
-def simulation_text(plan: Plan, timeline: Timeline) -> str:
-    """Return the simulated step: breakdown by rank, memory by stage."""
-    lines = [
-        f"{plan.layout}   step {duration(timeline.makespan_ns)}   "
-        f"{plan.workload.tokens_per_step / timeline.makespan_ns * 1e9:,.0f} tokens/s",
-        "",
-        f"{'stage':>5} {'layers':>6} {'forward':>10} {'backward':>10} {'all-reduce':>10} "
-        f"{'optimizer':>10} {'other':>10} {'idle':>10}   {'memory':>10}",
-    ]
-    for stage, layers in enumerate(plan.layout.stage_layers):
-        busy = _compute(timeline, stage)
-        idle = timeline.makespan_ns - sum(busy.values())
-        cells = [
-            duration(busy.get(kind, 0))
-            for kind in ("forward", "backward", "all_reduce", "optimizer", "other")
-        ]
-        row = " ".join(f"{cell:>10}" for cell in [*cells, duration(idle)])
-        lines.append(f"{stage:>5} {layers:>6} {row}   {size(plan.memory[stage].total):>10}")
-    lines += ["", f"bottleneck: {bottleneck(plan)}", "schedule:", *plan.schedule]
-    return "\n".join(lines)
 
 
 def search_summary(result: SearchResult) -> str:

@@ -5,6 +5,7 @@ Equations and sources: docs/models.md.
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 from planner.kernels import (
     LINEARS_PER_LAYER,
@@ -15,6 +16,7 @@ from planner.kernels import (
     layer_backward,
     layer_forward,
     stage_parameters,
+    weight_half,
 )
 from planner.layout import Layout
 from planner.plan import StageCost
@@ -58,6 +60,21 @@ def certain(duration_ns: int) -> Cost:
     return Cost(p10_ns=duration_ns, p50_ns=duration_ns, p90_ns=duration_ns)
 
 
+class Work(NamedTuple):
+    """One micro-batch through some part of a stage; `weight` is the part of `backward` that makes
+    weight gradients.
+    """
+
+    forward: Cost
+    backward: Cost
+    weight: Cost
+
+
+def work_of(parts: Sequence[Work]) -> Work:
+    """Return the sum of `parts`."""
+    return Work(*(total(costs) for costs in zip(*parts, strict=True)))
+
+
 @dataclass(frozen=True, kw_only=True)
 class CostModel:
     """The costs of one model and workload under a software stack, from one profile's table.
@@ -80,54 +97,71 @@ class CostModel:
     def stages(self, layout: Layout) -> tuple[StageCost, ...]:
         """Return the costs of every stage of `layout`."""
         shape = self.shape(layout.tp, layout.micro_batch)
-        return tuple(self._stage(shape, layout, stage) for stage in range(layout.pp))
-
-    def layer(self, shape: StageShape) -> tuple[Cost, Cost]:
-        """Return one layer of one micro-batch, forward and backward, without its messages.
-
-        The sum of its kernels, times what a real layer takes over such a sum; with tp > 1 also
-        what DTensor adds to each linear, a third of it in the forward.
-        """
-        host_ns = LINEARS_PER_LAYER * self.table.host("dtensor_linear") if shape.tp > 1 else 0
-        forward = times(self._sum(layer_forward(shape)), self.witness.forward)
-        backward = times(self._sum(layer_backward(shape)), self.witness.backward)
-        return (
-            total((forward, certain(host_ns // 3))),
-            total((backward, certain(host_ns - host_ns // 3))),
+        layer, edges = self.layer(shape), self.edges(shape)
+        last = layout.num_stages - 1
+        alike: dict[tuple[int, bool, bool], StageCost] = {}
+        for stage, num_layers in enumerate(layout.stage_layers):
+            key = (num_layers, stage == 0, stage == last)
+            if key not in alike:
+                parts = [Work(*(times(cost, num_layers) for cost in layer))]
+                parts += [edge for edge, is_here in zip(edges, key[1:], strict=True) if is_here]
+                alike[key] = self._stage(shape, layout, stage, layer, parts)
+        return tuple(
+            alike[num_layers, stage == 0, stage == last]
+            for stage, num_layers in enumerate(layout.stage_layers)
         )
 
-    def edges(self, shape: StageShape) -> tuple[tuple[Cost, Cost], tuple[Cost, Cost]]:
-        """Return what the first and the last stage do beside their layers: (forward, backward)."""
+    def layer(self, shape: StageShape) -> Work:
+        """Return one layer of one micro-batch, without its messages.
+
+        The sum of its kernels, times what a real layer takes over such a sum; with tp > 1 also
+        what DTensor adds to each linear, a third of it in the forward and in each half of the
+        backward.
+        """
+        backward = layer_backward(shape)
+        host_ns = LINEARS_PER_LAYER * self.table.host("dtensor_linear") if shape.tp > 1 else 0
+        forward_ns, weight_ns = host_ns // 3, host_ns // 3
+        return Work(
+            self._scaled(layer_forward(shape), self.witness.forward, forward_ns),
+            self._scaled(backward, self.witness.backward, host_ns - forward_ns),
+            self._scaled(weight_half(backward), self.witness.backward, weight_ns),
+        )
+
+    def edges(self, shape: StageShape) -> tuple[Work, Work]:
+        """Return what the first and the last stage do beside their layers."""
         (first_f, first_b), (last_f, last_b) = first_stage(shape), last_stage(shape)
         head_ns = self.table.host("dtensor_linear") if shape.tp > 1 else 0
         return (
-            (self._sum(first_f), self._sum(first_b)),
-            (self._sum(last_f), total((self._sum(last_b), certain(head_ns)))),
+            Work(self._sum(first_f), self._sum(first_b), self._sum(weight_half(first_b))),
+            Work(
+                self._sum(last_f),
+                total((self._sum(last_b), certain(head_ns))),
+                self._sum(weight_half(last_b)),
+            ),
         )
 
-    def _stage(self, shape: StageShape, layout: Layout, stage: int) -> StageCost:
-        num_layers = layout.stage_layers[stage]
-        is_first, is_last = stage == 0, stage == layout.pp - 1
-        layer_f, layer_b = self.layer(shape)
-        forward, backward = [times(layer_f, num_layers)], [times(layer_b, num_layers)]
-        for is_here, edge in zip((is_first, is_last), self.edges(shape), strict=True):
-            if is_here:
-                forward.append(edge[0])
-                backward.append(edge[1])
+    def _stage(
+        self, shape: StageShape, layout: Layout, stage: int, layer: Work, parts: list[Work]
+    ) -> StageCost:
+        """Return the cost of `stage`, which does `parts` for each micro-batch."""
+        is_first, is_last = stage == 0, stage == layout.num_stages - 1
         parameters = stage_parameters(shape, layout.stage_layers, stage)
         # Each micro-batch adds its weight gradients to those of the micro-batches before it.
         if layout.num_microbatches > 1:
-            backward.append(self._sum((Kernel("add_backward", (parameters,)),)))
+            addition = self._sum((Kernel("add_backward", (parameters,)),))
+            parts = [*parts, Work(NOTHING, addition, addition)]
         if layout.pp > 1:
             action = certain(self.table.host("pipeline_action"))
-            forward.append(action)
-            backward.append(action)
-        sync_f, sync_b = self._tensor_parallel(shape, num_layers, is_first, is_last)
+            parts = [*parts, Work(action, action, NOTHING)]
+        work = work_of(parts)
+        sync_f, sync_b = self._tensor_parallel(shape, layer, layout.stage_layers[stage], is_first,
+                                               is_last)  # fmt: skip
         send = self._message(shape) if layout.pp > 1 else NOTHING
-        work_ns = total((*forward, *backward)).p50_ns * layout.num_microbatches
+        work_ns = total((work.forward, work.backward)).p50_ns * layout.num_microbatches
         return StageCost(
-            forward=total((*forward, sync_f)),
-            backward=total((*backward, sync_b)),
+            forward=total((work.forward, sync_f)),
+            backward=total((work.backward, sync_b)),
+            weight=work.weight,
             send_forward=NOTHING if is_last else send,
             send_backward=NOTHING if is_first else send,
             all_reduce=self._gradients(parameters, layout.dp),
@@ -137,6 +171,9 @@ class CostModel:
             tensor_parallel_forward_ns=sync_f.p50_ns,
             tensor_parallel_backward_ns=sync_b.p50_ns,
         )
+
+    def _scaled(self, kernels: Sequence[Kernel], factor: float, host_ns: int) -> Cost:
+        return total((times(self._sum(kernels), factor), certain(host_ns)))
 
     def _sum(self, kernels: Sequence[Kernel]) -> Cost:
         dtype = self.workload.dtype
@@ -151,7 +188,7 @@ class CostModel:
         return self._collective("send_recv", 2, size_bytes)
 
     def _tensor_parallel(
-        self, shape: StageShape, num_layers: int, is_first: bool, is_last: bool
+        self, shape: StageShape, layer: Work, num_layers: int, is_first: bool, is_last: bool
     ) -> tuple[Cost, Cost]:
         """Return the tensor-parallel collectives of a stage for one micro-batch.
 
@@ -169,10 +206,9 @@ class CostModel:
         )
         copy = self._sum((Kernel("add_forward", (elements,)),))
         values = self._collective("all_reduce", shape.tp, 4 * shape.rows)
-        layer_f, layer_b = self.layer(shape)
         late_f, late_b = (
-            certain(self.witness.skew_ns(layer.p50_ns // 2, shape.tp))
-            for layer in (layer_f, layer_b)
+            certain(self.witness.skew_ns(cost.p50_ns // 2, shape.tp))
+            for cost in (layer.forward, layer.backward)
         )
         forward = times(total((reduce, copy, late_f)), 2 * num_layers + is_first)
         backward = times(total((reduce, copy, late_b)), 2 * num_layers + is_last)

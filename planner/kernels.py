@@ -108,6 +108,18 @@ def layer_backward(shape: StageShape) -> tuple[Kernel, ...]:
     )
 
 
+WEIGHT_OPS = frozenset({"linear_wgrad", "embedding_backward"})
+"""The ops of a backward that make weight gradients and nothing else: a schedule may do them later.
+
+The backward of a norm makes the gradients of its input and of its weight at once.
+"""
+
+
+def weight_half(backward: Sequence[Kernel]) -> tuple[Kernel, ...]:
+    """Return the kernels of `backward` that make weight gradients only."""
+    return tuple(kernel for kernel in backward if kernel.op in WEIGHT_OPS)
+
+
 def first_stage(shape: StageShape) -> tuple[tuple[Kernel, ...], tuple[Kernel, ...]]:
     """Return what the first stage runs beside its layers, forward and backward: the embedding."""
     table = (shape.rows, shape.model.hidden, shape.vocab)

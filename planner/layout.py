@@ -1,9 +1,10 @@
 """`Layout`: how a model is laid out over ranks, and which rank sits where on the mesh."""
 
 from dataclasses import dataclass
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
-ScheduleName = Literal["gpipe", "1f1b"]
+RUNNABLE_SCHEDULES = ("1f1b", "gpipe")
+"""What the executor can run: one stage a rank, whole backwards."""
 
 
 class MeshPlace(NamedTuple):
@@ -18,8 +19,9 @@ class MeshPlace(NamedTuple):
 class Layout:
     """Degrees per axis, the micro-batch in sequences, and the layers of each pipeline stage.
 
-    Ranks are numbered with tp innermost and pp outermost, so that tensor-parallel groups are
-    neighbours: rank = (pp_index * dp + dp_index) * tp + tp_index.
+    A pipeline rank holds `stages_per_rank` stages; which ones, the schedule says. Ranks are
+    numbered with tp innermost and pp outermost, so that tensor-parallel groups are neighbours:
+    rank = (pp_index * dp + dp_index) * tp + tp_index.
 
     >>> layout = Layout(dp=2, tp=2, pp=2, micro_batch=1, num_microbatches=4, stage_layers=(3, 3))
     >>> layout.place(5), layout.num_ranks, str(layout)
@@ -32,22 +34,28 @@ class Layout:
     micro_batch: int
     num_microbatches: int
     stage_layers: tuple[int, ...]
-    schedule: ScheduleName = "1f1b"
+    schedule: str = "1f1b"
+    stages_per_rank: int = 1
 
     def __post_init__(self) -> None:
-        for name in ("dp", "tp", "pp", "micro_batch", "num_microbatches"):
+        for name in ("dp", "tp", "pp", "micro_batch", "num_microbatches", "stages_per_rank"):
             if (value := getattr(self, name)) < 1:
                 raise ValueError(f"layout.{name} is {value}; it must be at least 1")
-        if len(self.stage_layers) != self.pp or min(self.stage_layers) < 1:
+        if len(self.stage_layers) != self.num_stages or min(self.stage_layers) < 1:
             raise ValueError(
                 f"layout.stage_layers is {self.stage_layers}; "
-                f"it needs one positive count for each of {self.pp} stages"
+                f"it needs one positive count for each of {self.num_stages} stages"
             )
 
     @property
     def num_ranks(self) -> int:
         """Ranks that the layout occupies."""
         return self.dp * self.tp * self.pp
+
+    @property
+    def num_stages(self) -> int:
+        """Stages of the pipeline, on all of its ranks."""
+        return self.pp * self.stages_per_rank
 
     @property
     def global_batch(self) -> int:
@@ -62,8 +70,9 @@ class Layout:
 
     def __str__(self) -> str:
         """Return the layout in the words of `layline plan`."""
+        stages = f"v={self.stages_per_rank}," if self.stages_per_rank > 1 else ""
         schedule = f"{self.schedule}," if self.pp > 1 else ""
         return (
-            f"dp={self.dp},tp={self.tp},pp={self.pp},{schedule}"
+            f"dp={self.dp},tp={self.tp},pp={self.pp},{stages}{schedule}"
             f"mb={self.micro_batch}x{self.num_microbatches}"
         )

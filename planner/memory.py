@@ -1,15 +1,19 @@
-"""The memory model: what one rank of each stage holds at its peak, by what holds it.
+"""The memory model: what each pipeline rank holds at its peak, by what holds it.
 
 Equations and sources: docs/models.md.
 """
 
+from collections.abc import Sequence
+
+import numpy as np
+
 from planner.kernels import StageShape, stage_parameters
 from planner.layout import Layout
-from planner.plan import StageMemory
-from planner.schedule import Schedule
+from planner.plan import PeakMemory
 from profiles.model import ModelSpec
 from profiles.stack import StackSpec
 from profiles.workload import DTYPE_BYTES, Workload
+from simulator.schedule import STAGE_MASK, STAGE_SHIFT, Schedule
 
 
 def layer_activation_bytes(shape: StageShape, element_bytes: int, *, fuses_norms: bool) -> int:
@@ -35,54 +39,75 @@ def head_activation_bytes(shape: StageShape, element_bytes: int, *, fuses_norms:
 def peak_alive(schedule: Schedule, rank: int) -> int:
     """Return how many micro-batches' activations pipeline rank `rank` holds at most.
 
-    >>> from planner.schedule import gpipe, one_f_one_b
-    >>> peak_alive(gpipe(4, 8), 0), [peak_alive(one_f_one_b(4, 8), r) for r in range(4)]
+    >>> from planner.schedules import SCHEDULES
+    >>> gpipe, one_f_one_b = (SCHEDULES[name].build(4, 8) for name in ("gpipe", "1f1b"))
+    >>> peak_alive(gpipe, 0), [peak_alive(one_f_one_b, r) for r in range(4)]
     (8, [4, 3, 2, 1])
     """
-    alive = peak = 0
-    for action in schedule.ranks[rank]:
-        alive += {"F": 1, "B": -1, "I": 0, "W": -1}[action.kind]
-        peak = max(peak, alive)
-    return peak
+    return peak_activations(schedule, [1] * schedule.num_stages)[rank]
 
 
-def stage_memory(
+def peak_activations(schedule: Schedule, stage_bytes: Sequence[int]) -> tuple[int, ...]:
+    """Return the most bytes of activations that each pipeline rank holds at once.
+
+    `stage_bytes` is what one micro-batch keeps on each stage: a forward allocates it; a backward,
+    or the weight half of one, frees it.
+    """
+    held = np.asarray(stage_bytes, np.int64)
+    change = np.array([1, -1, 0, -1])
+    return tuple(
+        int(np.cumsum(change[order & 3] * held[(order >> STAGE_SHIFT) & STAGE_MASK]).max())
+        for order in schedule.orders
+    )
+
+
+def stage_activation_bytes(
+    model: ModelSpec, workload: Workload, layout: Layout, stack: StackSpec
+) -> tuple[int, ...]:
+    """Return what each stage keeps of one micro-batch from its forward to its backward."""
+    element, shape = DTYPE_BYTES[workload.dtype], _shape(model, workload, layout)
+    layer = layer_activation_bytes(shape, element, fuses_norms=stack.fuses_norms)
+    head = head_activation_bytes(shape, element, fuses_norms=stack.fuses_norms)
+    stages = [num_layers * layer for num_layers in layout.stage_layers]
+    return (*stages[:-1], stages[-1] + head)
+
+
+def peak_memory(
     model: ModelSpec,
     workload: Workload,
     layout: Layout,
     schedule: Schedule,
     stack: StackSpec,
     context_bytes: int,
-) -> tuple[StageMemory, ...]:
-    """Return the peak memory of one rank of each stage.
+) -> tuple[PeakMemory, ...]:
+    """Return the peak memory of each pipeline rank, over all of its stages.
 
     The optimizer holds AdamW's two moments in the dtype of the parameters. `temporary` is the
-    largest short-lived working set: the gradient of the logits beside the logits themselves on
-    the last stage, else the gradients that flow through one MLP.
+    largest short-lived working set: the gradient of the logits beside the logits themselves where
+    the last stage is, else the gradients that flow through one MLP.
     """
-    element = DTYPE_BYTES[workload.dtype]
-    shape = StageShape(
+    element, shape = DTYPE_BYTES[workload.dtype], _shape(model, workload, layout)
+    activations = peak_activations(schedule, stage_activation_bytes(model, workload, layout, stack))
+    parameters = [0] * layout.pp
+    temporary = [3 * shape.rows * shape.ffn * element] * layout.pp
+    for stage, rank in enumerate(schedule.homes.tolist()):
+        parameters[rank] += stage_parameters(shape, layout.stage_layers, stage)
+    last = int(schedule.homes[-1])
+    temporary[last] = max(temporary[last], 2 * shape.rows * shape.vocab * 4)
+    return tuple(
+        PeakMemory(
+            parameters=parameters[rank] * element,
+            gradients=parameters[rank] * element,
+            optimizer=2 * parameters[rank] * element,
+            activations=activations[rank],
+            temporary=temporary[rank],
+            context=context_bytes,
+        )
+        for rank in range(layout.pp)
+    )
+
+
+def _shape(model: ModelSpec, workload: Workload, layout: Layout) -> StageShape:
+    return StageShape(
         model=model, tp=layout.tp, micro_batch=layout.micro_batch, seq_len=workload.seq_len
     )
-    result, homes = [], schedule.homes()
-    for stage, num_layers in enumerate(layout.stage_layers):
-        is_last = stage == layout.pp - 1
-        parameters = stage_parameters(shape, layout.stage_layers, stage)
-        activations = num_layers * layer_activation_bytes(
-            shape, element, fuses_norms=stack.fuses_norms
-        )
-        temporary = 3 * shape.rows * shape.ffn * element
-        if is_last:
-            activations += head_activation_bytes(shape, element, fuses_norms=stack.fuses_norms)
-            temporary = max(temporary, 2 * shape.rows * shape.vocab * 4)
-        result.append(
-            StageMemory(
-                parameters=parameters * element,
-                gradients=parameters * element,
-                optimizer=2 * parameters * element,
-                activations=activations * peak_alive(schedule, homes[stage]),
-                temporary=temporary,
-                context=context_bytes,
-            )
-        )
-    return tuple(result)

@@ -3,10 +3,10 @@
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from functools import lru_cache
 from pathlib import Path
 
 from planner.layout import Layout
-from planner.schedule import Schedule, parse_schedule
 from profiles.cluster import ClusterSpec
 from profiles.errors import InvalidInputError
 from profiles.files import canonical_json, digest, from_plain, read_json, write_text
@@ -14,8 +14,9 @@ from profiles.model import ModelSpec
 from profiles.profile import Cost, DeviceFacts
 from profiles.stack import StackSpec
 from profiles.workload import Workload
+from simulator.schedule import Schedule, parse_schedule
 
-PLAN_SCHEMA_VERSION = 1
+PLAN_SCHEMA_VERSION = 2
 
 
 class StalePlanError(ValueError):
@@ -27,14 +28,17 @@ class StageCost:
     """Predicted costs of one pipeline stage on one rank.
 
     `forward` and `backward` are for one micro-batch with their tensor-parallel collectives inside
-    (`tensor_parallel_*_ns` says how much of the median that is); `send_*` move one micro-batch's
-    activations on to the next stage, or its gradient back to the previous one; `all_reduce` is
-    the data-parallel gradient reduction of one step; `optimizer` updates the stage once; `other`
-    is host work of one step; `wait` is what passes until the slowest of equal ranks is done.
+    (`tensor_parallel_*_ns` says how much of the median that is); `weight` is the part of `backward`
+    that makes weight gradients, which a schedule may do apart and later; `send_*` move one
+    micro-batch's activations on to the next stage, or its gradient back to the previous one;
+    `all_reduce` is the data-parallel gradient reduction of one step; `optimizer` updates the stage
+    once; `other` is the host work of a rank in one step, whatever stages it holds; `wait` is what
+    passes until the slowest of equal ranks is done.
     """
 
     forward: Cost
     backward: Cost
+    weight: Cost
     send_forward: Cost
     send_backward: Cost
     all_reduce: Cost
@@ -46,8 +50,8 @@ class StageCost:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class StageMemory:
-    """Predicted peak memory of one rank of a stage, in bytes, by what holds it."""
+class PeakMemory:
+    """Predicted peak memory of one pipeline rank, in bytes, by what holds it."""
 
     parameters: int
     gradients: int
@@ -100,9 +104,10 @@ class ProfileReference:
 class Plan:
     """One chosen layout with everything that is needed to simulate, run and explain it.
 
-    `schedule` is the text of the schedule, one line a pipeline rank; `costs` and `memory` hold one
-    entry a stage; `ranking` is the short list, best first, `chosen` the place in it of this plan;
-    `section_digests` holds a SHA-256 of every other field and `plan_digest` one of all of them.
+    `schedule` is the text of the schedule, one line a pipeline rank; `costs` hold one entry a
+    stage, `memory` one a pipeline rank; `ranking` is the short list, best first, `chosen` the place
+    in it of this plan; `section_digests` holds a SHA-256 of every other field and `plan_digest` one
+    of all of them.
     """
 
     schema_version: int
@@ -116,7 +121,7 @@ class Plan:
     layout: Layout
     schedule: tuple[str, ...]
     costs: tuple[StageCost, ...]
-    memory: tuple[StageMemory, ...]
+    memory: tuple[PeakMemory, ...]
     step: Cost
     ranking: tuple[Candidate, ...]
     chosen: int
@@ -127,7 +132,18 @@ class Plan:
 
     def parsed_schedule(self) -> Schedule:
         """Return the schedule as a value."""
-        return parse_schedule("\n".join(self.schedule), self.layout.schedule)
+        return _parsed(self.schedule, self.layout.schedule)
+
+    def stages_of(self, pipeline_rank: int) -> tuple[int, ...]:
+        """Return the stages that a pipeline rank holds, in their order."""
+        homes = self.parsed_schedule().homes.tolist()
+        return tuple(stage for stage, home in enumerate(homes) if home == pipeline_rank)
+
+
+@lru_cache(maxsize=16)
+def _parsed(lines: tuple[str, ...], name: str) -> Schedule:
+    """Return the schedule of `lines`; a long one takes seconds to read, and is asked for often."""
+    return parse_schedule("\n".join(lines), name)
 
 
 _SEALS = ("section_digests", "plan_digest")
@@ -178,10 +194,12 @@ def load_plan(path: Path) -> Plan:
 
 def _inconsistency(plan: Plan) -> str:
     """Return what does not fit together in a plan whose digests hold, empty if all does."""
-    stages = {len(plan.costs), len(plan.memory), plan.layout.pp}
-    if len(stages) > 1:
-        return f"costs, memory and layout speak of {sorted(stages)} stages"
-    if sum(plan.layout.stage_layers) != plan.model.num_layers:
+    layout = plan.layout
+    if len(plan.costs) != layout.num_stages:
+        return f"costs are of {len(plan.costs)} stages, the layout has {layout.num_stages}"
+    if len(plan.memory) != layout.pp:
+        return f"memory is of {len(plan.memory)} pipeline ranks, the layout has {layout.pp}"
+    if sum(layout.stage_layers) != plan.model.num_layers:
         return f"layout.stage_layers does not sum to {plan.model.num_layers} layers"
     if plan.ranking and not 0 <= plan.chosen < len(plan.ranking):
         return f"chosen is {plan.chosen}; the ranking has {len(plan.ranking)} layouts"
@@ -189,9 +207,7 @@ def _inconsistency(plan: Plan) -> str:
         schedule = plan.parsed_schedule()
     except ValueError as error:
         return str(error)
-    if (schedule.num_stages, schedule.num_microbatches) != (
-        plan.layout.pp,
-        plan.layout.num_microbatches,
-    ):
-        return f"the schedule is not one of layout {plan.layout}"
+    found = (schedule.num_stages, schedule.num_ranks, schedule.num_microbatches)
+    if found != (layout.num_stages, layout.pp, layout.num_microbatches):
+        return f"the schedule is not one of layout {layout}"
     return ""

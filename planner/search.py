@@ -1,13 +1,14 @@
 """The search: every layout of the ranks, timed by its full schedule or rejected with a reason."""
 
-from collections.abc import Iterator
-from dataclasses import dataclass
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from functools import cache
 
-from planner.cost import CostModel, cost_model, total
-from planner.layout import Layout, ScheduleName
-from planner.lower import predict_step
-from planner.memory import stage_memory
-from planner.partition import balanced_stages
+from planner.candidates import candidates
+from planner.cost import CostModel, cost_model
+from planner.layout import Layout
+from planner.lower import predict_steps
+from planner.memory import peak_memory
 from planner.plan import (
     PLAN_SCHEMA_VERSION,
     Candidate,
@@ -16,14 +17,14 @@ from planner.plan import (
     Rejection,
     seal,
 )
-from planner.schedule import SCHEDULES
+from planner.schedules import SCHEDULES
 from profiles.errors import UnsupportedError
 from profiles.files import digest
-from profiles.job import Job, SearchLimits
+from profiles.job import Job
 from profiles.machine import known_gpu
-from profiles.model import ModelSpec
 from profiles.profile import Profile
 from profiles.quantity import format_quantity
+from simulator.schedule import Schedule
 
 
 class InfeasibleError(ValueError):
@@ -39,26 +40,24 @@ class SearchResult:
 
 
 def search(job: Job, profile: Profile) -> SearchResult:
-    """Return every layout of the job's ranks over dp x tp x pp, micro-batches and schedules.
+    """Return every layout of the job's ranks, timed or rejected.
 
     Ties go to less memory, then to the layout's text. Raises UnsupportedError for a model that
     the cost model does not cover, and InfeasibleError when nothing fits.
     """
     _check_supported(job, profile)
     costs = cost_model(job.model, job.workload, job.stack, profile)
-    ranking, rejections, needs = [], [], []
-    for degrees in _degrees(job.cluster.num_ranks):
-        if rejection := _rejection(job, *degrees):
-            rejections.append(rejection)
-            continue
-        for layout in _layouts(job, costs, *degrees):
-            candidate = _evaluate(job, costs, layout, profile.context_bytes)
-            limit_bytes = min(pool.gpu.memory_bytes for pool in job.cluster.pools)
-            if candidate.peak_bytes > limit_bytes:
-                needs.append(candidate)
-                rejections.append(_out_of_memory(candidate, limit_bytes))
-            else:
-                ranking.append(candidate)
+    layouts, rejections = candidates(job, costs)
+    limit_bytes = min(pool.gpu.memory_bytes for pool in job.cluster.pools)
+    ranking, needs = [], []
+    for outcome in _evaluate(job, costs, layouts, profile.context_bytes):
+        if isinstance(outcome, Rejection):
+            rejections.append(outcome)
+        elif outcome.peak_bytes > limit_bytes:
+            needs.append(outcome)
+            rejections.append(_out_of_memory(outcome, limit_bytes))
+        else:
+            ranking.append(outcome)
     if not ranking:
         raise _infeasible(job, rejections, needs)
     ranking.sort(key=lambda c: (c.step.p50_ns, c.peak_bytes, str(c.layout)))
@@ -70,7 +69,7 @@ def make_plan(
 ) -> Plan:
     """Return the plan of the `chosen` place of the ranking, sealed."""
     layout = result.ranking[chosen].layout
-    schedule = SCHEDULES[layout.schedule](layout.pp, layout.num_microbatches)
+    schedule = _build(*_order(layout))
     costs = cost_model(job.model, job.workload, job.stack, profile)
     return seal(
         schema_version=PLAN_SCHEMA_VERSION,
@@ -91,7 +90,7 @@ def make_plan(
         layout=layout,
         schedule=tuple(str(schedule).splitlines()),
         costs=costs.stages(layout),
-        memory=stage_memory(
+        memory=peak_memory(
             job.model, job.workload, layout, schedule, job.stack, profile.context_bytes
         ),
         step=result.ranking[chosen].step,
@@ -103,12 +102,13 @@ def make_plan(
 
 
 def best_of_each_kind(result: SearchResult) -> tuple[int, ...]:
-    """Return the places of the best layout of each (dp, tp, pp, schedule), best first."""
-    seen: dict[tuple[int, int, int, str], int] = {}
+    """Return the places of the best layout of each (dp, tp, pp, v, schedule), best first."""
+    seen: dict[tuple[int, int, int, int, str], int] = {}
     for place, candidate in enumerate(result.ranking):
         layout = candidate.layout
         schedule = layout.schedule if layout.pp > 1 else ""
-        seen.setdefault((layout.dp, layout.tp, layout.pp, schedule), place)
+        kind = (layout.dp, layout.tp, layout.pp, layout.stages_per_rank, schedule)
+        seen.setdefault(kind, place)
     return tuple(sorted(seen.values()))
 
 
@@ -147,108 +147,43 @@ def _check_same_gpu(job: Job, profile: Profile) -> None:
             )
 
 
-def _degrees(num_ranks: int) -> Iterator[tuple[int, int, int]]:
-    """Yield every (dp, tp, pp) whose product is `num_ranks`."""
-    divisors = [n for n in range(1, num_ranks + 1) if num_ranks % n == 0]
-    for tp in divisors:
-        for pp in divisors:
-            if num_ranks % (tp * pp) == 0:
-                yield num_ranks // (tp * pp), tp, pp
-
-
-def _rejection(job: Job, dp: int, tp: int, pp: int) -> Rejection | None:
-    """Return why no layout of these degrees is legal, or None."""
-    model, name = job.model, f"dp={dp},tp={tp},pp={pp}"
-    limits = (("dp", dp, job.search.dp), ("tp", tp, job.search.tp), ("pp", pp, job.search.pp))
-    for axis, value, allowed in limits:
-        if allowed and value not in allowed:
-            reason = f"{axis} is {value}; search.{axis} allows {_options(allowed)}"
-            return Rejection(layout=name, rule="search limits", reason=reason)
-    for what, count in _tp_divides(model):
-        if count % tp:
-            options = _options(n for n in range(1, count + 1) if count % n == 0)
-            reason = (
-                f"tp is {tp}, but the model has {count} {what}; tp must divide them ({options})"
-            )
-            return Rejection(layout=name, rule="divisibility", reason=reason)
-    if pp > model.num_layers:
-        reason = f"pp is {pp}, but the model has {model.num_layers} layers; a stage needs one"
-        return Rejection(layout=name, rule="divisibility", reason=reason)
-    if job.workload.global_batch % dp:
-        reason = (
-            f"dp is {dp}, but workload.global_batch is {job.workload.global_batch} sequences; "
-            "dp must divide them"
-        )
-        return Rejection(layout=name, rule="divisibility", reason=reason)
-    if model.tied_embeddings and (pp > 1 or tp > 1):
-        reason = "tied embeddings need both ends of the model on one rank; use tp=1 and pp=1"
-        return Rejection(layout=name, rule="tied embeddings", reason=reason)
-    return None
-
-
-def _tp_divides(model: ModelSpec) -> tuple[tuple[str, int], ...]:
-    return (
-        ("kv heads", model.num_kv_heads),
-        ("heads", model.num_heads),
-        ("MLP columns", model.ffn),
-        ("vocabulary rows", model.vocab),
-    )
-
-
-def _options(values: Iterator[int] | tuple[int, ...]) -> str:
-    found = [str(value) for value in values]
-    return ", ".join(found if len(found) <= 8 else [*found[:7], "...", found[-1]])
-
-
-def _layouts(job: Job, costs: CostModel, dp: int, tp: int, pp: int) -> Iterator[Layout]:
-    """Yield the layouts of these degrees: every micro-batch that divides, every schedule."""
-    share = job.workload.global_batch // dp
-    limits = job.search
-    for micro_batch in range(1, share + 1):
-        if share % micro_batch or not _allowed(limits.micro_batch, micro_batch):
+def _evaluate(
+    job: Job, costs: CostModel, layouts: Sequence[Layout], context_bytes: int
+) -> list[Candidate | Rejection]:
+    """Return what becomes of each layout; those that share an order are timed side by side."""
+    stages = cache(costs.stages)
+    groups: dict[tuple[str, int, int, int], list[Layout]] = {}
+    for layout in layouts:
+        groups.setdefault(_order(layout), []).append(layout)
+    outcomes: dict[Layout, Candidate | Rejection] = {}
+    for order, group in groups.items():
+        try:
+            schedule = _build(*order)
+        except ValueError as error:
+            reason = str(error)
+            outcomes |= {
+                layout: Rejection(layout=str(layout), rule="schedule", reason=reason)
+                for layout in group
+            }
             continue
-        layers = _partition(costs, tp, micro_batch, pp)
-        for schedule in _schedules(limits, pp):
-            yield Layout(
-                dp=dp,
-                tp=tp,
-                pp=pp,
-                micro_batch=micro_batch,
-                num_microbatches=share // micro_batch,
-                stage_layers=layers,
-                schedule=schedule,
+        # Costs do not depend on the schedule, so that layouts of several share them.
+        steps = predict_steps(schedule, [stages(replace(each, schedule="")) for each in group])
+        for layout, step in zip(group, steps, strict=True):
+            memory = peak_memory(
+                job.model, job.workload, layout, schedule, job.stack, context_bytes
             )
+            peak_bytes = max(rank.total for rank in memory)
+            outcomes[layout] = Candidate(layout=layout, step=step, peak_bytes=peak_bytes)
+    return [outcomes[layout] for layout in layouts]
 
 
-def _schedules(limits: SearchLimits, pp: int) -> list[ScheduleName]:
-    """Return the schedules to try; without a pipeline all orders are one, and 1F1B holds least."""
-    names: list[ScheduleName] = ["1f1b", "gpipe"]
-    allowed = [name for name in names if not limits.schedule or name in limits.schedule]
-    return allowed if pp > 1 else allowed[:1]
+def _order(layout: Layout) -> tuple[str, int, int, int]:
+    """Return what the schedule of `layout` depends on."""
+    return layout.schedule, layout.pp, layout.num_microbatches, layout.stages_per_rank
 
 
-def _allowed(limit: tuple[int, ...], value: int) -> bool:
-    return not limit or value in limit
-
-
-def _partition(costs: CostModel, tp: int, micro_batch: int, pp: int) -> tuple[int, ...]:
-    """Return the layers of each stage, so that the slowest stage is as fast as it can be."""
-    num_layers = costs.model.num_layers
-    if pp == 1:
-        return (num_layers,)
-    shape = costs.shape(tp, micro_batch)
-    first, last = (total(edge).p50_ns for edge in costs.edges(shape))
-    return balanced_stages(num_layers, pp, total(costs.layer(shape)).p50_ns, first, last)
-
-
-def _evaluate(job: Job, costs: CostModel, layout: Layout, context_bytes: int) -> Candidate:
-    schedule = SCHEDULES[layout.schedule](layout.pp, layout.num_microbatches)
-    memory = stage_memory(job.model, job.workload, layout, schedule, job.stack, context_bytes)
-    return Candidate(
-        layout=layout,
-        step=predict_step(schedule, costs.stages(layout)),
-        peak_bytes=max(stage.total for stage in memory),
-    )
+def _build(name: str, pp: int, num_microbatches: int, stages_per_rank: int) -> Schedule:
+    return SCHEDULES[name].build(pp, num_microbatches, stages_per_rank)
 
 
 def _out_of_memory(candidate: Candidate, limit_bytes: int) -> Rejection:
@@ -268,7 +203,9 @@ def _infeasible(job: Job, rejections: list[Rejection], needs: list[Candidate]) -
             f"{least.layout}, needs {need} a rank; give a rank that much, add ranks, or shorten "
             "workload.seq_len"
         )
-    reasons = "; ".join(f"{r.layout}: {r.reason}" for r in rejections[:4])
+    # Limits are what the job asked for; what lies behind them says more.
+    told = sorted(rejections, key=lambda r: r.rule == "search limits")[:4]
+    reasons = "; ".join(f"{r.layout}: {r.reason}" for r in told)
     more = f" (and {len(rejections) - 4} more)" if len(rejections) > 4 else ""
     return InfeasibleError(
         f"no layout of {job.cluster.num_ranks} ranks is legal: {reasons or 'search limits'}{more}"

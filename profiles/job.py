@@ -45,6 +45,7 @@ class SearchLimits:
     pp: tuple[int, ...] = ()
     micro_batch: tuple[int, ...] = ()
     schedule: tuple[str, ...] = ()
+    stages_per_rank: tuple[int, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -102,6 +103,7 @@ def read_job(path: Path, overrides: Sequence[str] = ()) -> Job:
         search=SearchLimits(
             dp=_unique(search.dp), tp=_unique(search.tp), pp=_unique(search.pp),
             micro_batch=_unique(search.micro_batch), schedule=tuple(dict.fromkeys(search.schedule)),
+            stages_per_rank=_unique(search.stages_per_rank),
         ),
     )  # fmt: skip
 

@@ -14,7 +14,10 @@ from profiles.quantity import Dimension, parse_quantity, quantity_example, quant
 from profiles.workload import DType
 
 MAX_RANKS = 2_000_000
-Schedule = Literal["gpipe", "1f1b"]
+ScheduleName = Literal[
+    "gpipe", "1f1b", "interleaved", "breadth_first", "zb_h1", "zb_h2", "zb_v", "dual_pipe_v"
+]
+"""The schedules of `planner.schedules`, which this package may not import; a test compares them."""
 
 # Far above any real value; they keep a slip of the pen from becoming an endless computation.
 Count = Annotated[int, Field(ge=1, le=10**9)]
@@ -182,7 +185,8 @@ class SearchTable(Table):
     tp: Annotated[list[NodeCount], Field(min_length=1)] = []
     pp: Annotated[list[NodeCount], Field(min_length=1)] = []
     micro_batch: Annotated[list[Count], Field(min_length=1)] = []
-    schedule: Annotated[list[Schedule], Field(min_length=1)] = []
+    schedule: Annotated[list[ScheduleName], Field(min_length=1)] = []
+    stages_per_rank: Annotated[list[Count], Field(min_length=1)] = []
 
 
 class JobTable(Table):

@@ -5,7 +5,7 @@ from dataclasses import dataclass, replace
 from planner.plan import Plan
 from planner.record import RunRecord
 from profiles.profile import Profile
-from reports.words import KIND_NAMES, change, count, duration, signed_duration, size
+from reports.words import KIND_NAMES, change, count, duration, signed_duration, size, stages_text
 from simulator.timeline import Timeline
 
 COMPUTE_KINDS = ("forward", "backward", "optimizer")
@@ -15,7 +15,15 @@ _SCALED_BY = {
     "compute": ("forward", "backward"),
     "host": ("forward", "backward"),
     "optimizer": ("optimizer",),
-    "communication": ("all_reduce", "send"),
+    "communication": (
+        "all_reduce",
+        "send",
+        "all_gather",
+        "reduce_scatter",
+        "all_to_all",
+        "push",
+        "pull",
+    ),
 }
 _WORK_KINDS = (*COMPUTE_KINDS, "data", "other")
 
@@ -34,10 +42,13 @@ class KindTime:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class RankComparison:
-    """One rank of the run beside the pipeline stage that stands for it in the prediction."""
+    """One rank of the run beside the pipeline rank that stands for it in the prediction.
+
+    `stages` are those that it holds.
+    """
 
     rank: int
-    stage: int
+    stages: tuple[int, ...]
     kinds: tuple[KindTime, ...]
     predicted_peak_bytes: int
     measured_peak_bytes: int
@@ -187,8 +198,8 @@ def exposed_ns(timeline: Timeline, rank: int) -> dict[str, int]:
 
 
 def _compare_rank(plan: Plan, record: RunRecord, predicted: Timeline, rank: int) -> RankComparison:
-    stage = plan.layout.place(rank).pp
-    predicted_ns = exposed_ns(predicted, stage)
+    pipeline_rank = plan.layout.place(rank).pp
+    predicted_ns = exposed_ns(predicted, pipeline_rank)
     predicted_ns["idle"] += predicted_ns.pop("wait", 0)
     if not any(times.get("send") for times in record.kind_ns):
         # A run whose runtime hides its messages measures them as idle; so is the prediction read.
@@ -199,7 +210,7 @@ def _compare_rank(plan: Plan, record: RunRecord, predicted: Timeline, rank: int)
     measured_ns = {**busy_ns, "idle": idle_ns}
     return RankComparison(
         rank=rank,
-        stage=stage,
+        stages=plan.stages_of(pipeline_rank),
         kinds=tuple(
             KindTime(
                 kind=kind,
@@ -208,7 +219,7 @@ def _compare_rank(plan: Plan, record: RunRecord, predicted: Timeline, rank: int)
             )
             for kind in KIND_NAMES
         ),
-        predicted_peak_bytes=plan.memory[stage].total,
+        predicted_peak_bytes=plan.memory[pipeline_rank].total,
         measured_peak_bytes=record.memory[rank].peak_bytes,
     )
 
@@ -326,7 +337,7 @@ def _headline(comparison: Comparison) -> list[str]:
 def _kind_table(comparison: Comparison) -> list[str]:
     critical = comparison.critical
     lines = [
-        f"rank {critical.rank} (stage {critical.stage}), the one with most work; its step",
+        f"rank {critical.rank} ({stages_text(critical.stages)}), the one with most work; its step",
         f"  {'kind':<12}{'predicted':>12}{'measured':>12}{'difference':>12}{'':>10}",
     ]
     rows = (
@@ -342,8 +353,10 @@ def _kind_table(comparison: Comparison) -> list[str]:
 
 def _rank_table(comparison: Comparison) -> list[str]:
     head = ("rank", "stage", "busy predicted", "busy measured", "peak predicted", "peak measured")
-    lines = [f"  {head[0]:<5}{head[1]:<6}" + "".join(f"{title:>16}" for title in head[2:])]
-    for rank in comparison.ranks:
+    held = [stages_text(rank.stages).split()[1] for rank in comparison.ranks]
+    width = max(5, *map(len, held)) + 1
+    lines = [f"  {head[0]:<5}{head[1]:<{width}}" + "".join(f"{title:>16}" for title in head[2:])]
+    for rank, stages in zip(comparison.ranks, held, strict=True):
         cells = (
             duration(rank.predicted_busy_ns),
             duration(rank.measured_busy_ns),
@@ -351,5 +364,7 @@ def _rank_table(comparison: Comparison) -> list[str]:
             size(rank.measured_peak_bytes),
             change(rank.measured_peak_bytes, rank.predicted_peak_bytes),
         )
-        lines.append(f"  {rank.rank:<5}{rank.stage:<6}" + "".join(f"{cell:>16}" for cell in cells))
+        lines.append(
+            f"  {rank.rank:<5}{stages:<{width}}" + "".join(f"{cell:>16}" for cell in cells)
+        )
     return lines

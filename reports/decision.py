@@ -74,7 +74,7 @@ def _headline(view: View) -> Table:
     """Return step time, tokens per second and memory, and the time for all tokens if asked for."""
     plan = view.plan
     low_ns, mid_ns, high_ns = plan.step.p10_ns, plan.step.p50_ns, plan.step.p90_ns
-    peak = max(stage.total for stage in plan.memory)
+    peak = max(rank.total for rank in plan.memory)
     rates = f"{tokens_per_s(plan, high_ns)} to {tokens_per_s(plan, low_ns)}"
     rows = [
         ("step", duration(mid_ns), band(low_ns, high_ns)),

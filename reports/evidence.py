@@ -8,7 +8,6 @@ from reports.document import Block, Drawing, Section, Table, Text
 from reports.figures import (
     MAX_ROWS,
     IntervalRow,
-    gantt,
     intervals,
     kind_bars,
     memory_bars,
@@ -17,8 +16,18 @@ from reports.figures import (
     shows_limit,
     step_curves,
 )
+from reports.gantt import gantt, names_actions
 from reports.views import MIN_GAP, PlanView, RunView, Study, View, order_agreement
-from reports.words import KIND_NAMES, change, count, duration, joined, signed_duration, size
+from reports.words import (
+    KIND_NAMES,
+    change,
+    count,
+    duration,
+    joined,
+    signed_duration,
+    size,
+    stages_text,
+)
 
 
 def heading(study: Study, view: View) -> list[Block]:
@@ -38,7 +47,7 @@ def step(study: Study, prefix: str) -> Section:
         record = view.record if isinstance(view, RunView) else None
         drawing = gantt(
             f"{prefix}gantt{number}",
-            view.plan.layout,
+            view.plan,
             view.predicted,
             record.timeline if record is not None else None,
         )
@@ -60,8 +69,10 @@ def step(study: Study, prefix: str) -> Section:
 def _gantt_caption(view: View) -> str:
     layout = view.plan.layout
     text = "One step. Numbers are micro-batches; blanks are waiting."
+    if names_actions(view.plan):
+        text += " Where there is room the whole action stands: 4F0 is the forward of 0 on stage 4."
     if layout.pp > MAX_ROWS:
-        text += f" The first {MAX_ROWS} of {layout.pp} stages are shown."
+        text += f" The first {MAX_ROWS} of {layout.pp} pipeline ranks are shown."
     if layout.num_ranks > layout.pp:
         text += f" Each predicted row stands for the {layout.dp * layout.tp} equal ranks of it."
     if isinstance(view, RunView):
@@ -70,7 +81,7 @@ def _gantt_caption(view: View) -> str:
             "line is the predicted end."
         )
         if len(shown_ranks(layout)) < layout.num_ranks:
-            text += " Of each stage the first rank is shown."
+            text += " Of equal ranks the first is shown."
     return text
 
 
@@ -99,8 +110,8 @@ def _kinds_measured(comparison: Comparison) -> list[Block]:
     )
     idle = 100 * critical.measured_idle_ns / max(comparison.measured_ns, 1)
     text = (
-        f"Rank {critical.rank} (stage {critical.stage}) had the most work of its own; in the "
-        f"median step it was idle for {idle:.1f} %."
+        f"Rank {critical.rank} ({stages_text(critical.stages)}) had the most work of its own; in "
+        f"the median step it was idle for {idle:.1f} %."
     )
     head = ("kind", "predicted", "measured", "difference", "")
     table = Table(head=head, align="lrrrr", rows=tuple(rows), marked=(len(rows) - 1,))
@@ -108,16 +119,15 @@ def _kinds_measured(comparison: Comparison) -> list[Block]:
 
 
 def _kinds_predicted(view: PlanView) -> list[Block]:
-    stages = range(view.plan.layout.pp)
-    times = [exposed_ns(view.predicted, stage) for stage in stages]
+    times = [exposed_ns(view.predicted, rank) for rank in range(view.plan.layout.pp)]
     total = max(view.predicted.makespan_ns, 1)
     rows = tuple(
         (
-            f"{stage}",
-            *(duration(times[stage].get(kind, 0)) for kind in _used(times)),
-            f"{100 * times[stage]['idle'] / total:.1f} %",
+            stages_text(view.plan.stages_of(rank)).split()[1],
+            *(duration(time.get(kind, 0)) for kind in _used(times)),
+            f"{100 * time['idle'] / total:.1f} %",
         )
-        for stage in stages
+        for rank, time in enumerate(times)
     )
     head = ("stage", *(KIND_NAMES[kind] for kind in _used(times)), "idle share")
     return [Table(head=head, align="l" + "r" * (len(head) - 1), rows=rows)]
@@ -134,7 +144,7 @@ def memory(study: Study, prefix: str) -> Section:
         record = view.record if isinstance(view, RunView) else None
         rows = memory_rows(view.plan, record)
         limit = memory_limit(view.plan)
-        peak = max(stage.total for stage in view.plan.memory)
+        peak = max(rank.total for rank in view.plan.memory)
         verdict = "fits" if peak <= limit else "does not fit"
         text = f"It {verdict}: the worst rank should hold {size(peak)} of {size(limit)}"
         if record is not None:

@@ -3,13 +3,10 @@
 Every figure takes values and returns text. Times are in ns and sizes in bytes; axes choose a unit.
 """
 
-import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from matplotlib.axes import Axes
-from matplotlib.patches import PathPatch
-from matplotlib.path import Path
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from planner.layout import Layout
@@ -21,7 +18,6 @@ from reports.svg import (
     FAINT,
     INK,
     KIND_COLOURS,
-    LABEL_DARK,
     LIMIT,
     MEASURED,
     MEMORY_COLOURS,
@@ -30,145 +26,23 @@ from reports.svg import (
     RULE,
     WIDTH,
     Sheet,
+    add_boxes,
     legend,
     panel,
     time_unit,
 )
-from reports.words import KIND_NAMES, duration, size
-from simulator.timeline import Span, Timeline
+from reports.words import KIND_NAMES, size, stages_text
 
 MAX_ROWS = 16
-"""Above this many ranks a figure shows one rank a pipeline stage."""
+"""Above this many ranks a figure shows one of the equal ranks of each place in the pipeline."""
 _ROW, _RIGHT, _LONGEST_LABEL = 26, 18, 56
-_MICROBATCH = re.compile(r"\d+[FBIW](\d+)")
 
 
 def shown_ranks(layout: Layout) -> tuple[int, ...]:
-    """Return the ranks that figures and tables show: all, or the first of each pipeline stage."""
+    """Return the ranks that figures and tables show: all, or the first of each pipeline rank."""
     if layout.num_ranks <= MAX_ROWS:
         return tuple(range(layout.num_ranks))
-    return tuple(stage * layout.dp * layout.tp for stage in range(layout.pp))[:MAX_ROWS]
-
-
-def gantt(name: str, layout: Layout, predicted: Timeline, measured: Timeline | None) -> str:
-    """Return one step, predicted above measured on one time axis, a row a stage or rank."""
-    parts = [("Predicted", predicted, tuple(range(layout.pp))[:MAX_ROWS], "stage")]
-    if measured is not None:
-        parts.append(("Measured", measured, shown_ranks(layout), "rank"))
-    heights = [len(ranks) * _ROW for _, _, ranks, _ in parts]
-    left, gap, top = 62, 30, 54
-    end_ns = max(max(line.makespan_ns for _, line, _, _ in parts), 1)
-    unit_ns, unit = time_unit(end_ns)
-    used = {span.kind for _, line, _, _ in parts for span in line.spans}
-    sheet = Sheet(name, "Gantt chart of one step", top + sum(heights) + gap * len(parts) + 12)
-    with sheet as figure:
-        entries = [(KIND_NAMES[kind], KIND_COLOURS[kind]) for kind in KIND_NAMES if kind in used]
-        legend(figure, entries, left=left)
-        for number, ((title, line, ranks, noun), height) in enumerate(
-            zip(parts, heights, strict=True), start=1
-        ):
-            axes = panel(figure, left=left, top=top, width=WIDTH - left - _RIGHT, height=height)
-            axes.set_xlim(0, 1.04 * end_ns / unit_ns)
-            axes.set_ylim(len(ranks) - 0.5, -0.5)
-            axes.set_yticks(range(len(ranks)), [f"{noun} {rank}" for rank in ranks], color=FAINT)
-            axes.tick_params(length=0, labelbottom=number == len(parts))
-            axes.grid(axis="x")
-            axes.spines["left"].set_visible(False)
-            axes.spines["bottom"].set_visible(False)
-            text = f"{title}: {duration(line.makespan_ns)}, a row a {noun}"
-            axes.set_title(text, loc="left", fontsize=11, color=INK, pad=6)
-            _draw_rows(axes, line, ranks, end_ns, unit_ns)
-            axes.axvline(line.makespan_ns / unit_ns, color=INK, linewidth=1.2)
-            if number > 1:
-                axes.axvline(predicted.makespan_ns / unit_ns, color=FAINT, linewidth=1,
-                             linestyle=(0, (2, 2)), zorder=3)  # fmt: skip
-            if number == len(parts):
-                axes.set_xlabel(f"time in the step [{unit}]")
-            top += height + gap
-    return sheet.svg
-
-
-def _draw_rows(
-    axes: Axes, line: Timeline, ranks: Sequence[int], end_ns: int, unit_ns: float
-) -> None:
-    """Draw each rank's spans in its row, the compute stream wide and the others below it."""
-    px_ns = end_ns / (WIDTH - 100)
-    boxes: dict[str, list[tuple[float, float, float, float]]] = {}
-    for row, rank in enumerate(ranks):
-        spans = [span for span in line.spans if span.rank == rank]
-        streams = sorted(
-            {span.stream for span in spans}, key=lambda name: (name != "compute", name)
-        )
-        edges = [-0.4, 0.4] if len(streams) < 2 else [-0.4, 0.22]
-        edges += [0.22 + 0.2 * (i + 1) / (len(streams) - 1) for i in range(len(streams) - 1)]
-        for stream, low, high in zip(streams, edges, edges[1:], strict=False):
-            own = [span for span in spans if span.stream == stream]
-            for kind, start_ns, stop_ns in _merged(own, px_ns):
-                box = (start_ns / unit_ns, row + low, (stop_ns - start_ns) / unit_ns, high - low)
-                boxes.setdefault(kind, []).append(box)
-            if high - low > 0.4:
-                _label_microbatches(axes, own, row + (low + high) / 2, px_ns, unit_ns)
-    # Gaps between boxes of a few pixels would bleach them.
-    widths = sorted(box[2] for row in boxes.values() for box in row)
-    is_dense = bool(widths) and widths[len(widths) // 2] * unit_ns < 5 * px_ns
-    for kind in KIND_NAMES:
-        if kind in boxes:
-            _add_boxes(axes, boxes[kind], KIND_COLOURS[kind], gap=0 if is_dense else 0.6)
-
-
-def _merged(spans: Iterable[Span], px_ns: float) -> list[tuple[str, int, int]]:
-    """Return (kind, start, end); neighbours of a kind under half a pixel apart become one box."""
-    merged: list[tuple[str, int, int]] = []
-    for span in spans:
-        if merged and span.duration_ns < 2 * px_ns:
-            kind, start_ns, end_ns = merged[-1]
-            if kind == span.kind and 0 <= span.start_ns - end_ns < px_ns / 2:
-                merged[-1] = (kind, start_ns, max(end_ns, span.end_ns))
-                continue
-        merged.append((span.kind, span.start_ns, span.end_ns))
-    return merged
-
-
-def _label_microbatches(
-    axes: Axes, spans: Iterable[Span], y: float, px_ns: float, unit_ns: float
-) -> None:
-    for span in spans:
-        found = _MICROBATCH.fullmatch(span.name)
-        if found and span.duration_ns / px_ns >= 6 * len(found[1]) + 5:
-            axes.text(
-                (span.start_ns + span.end_ns) / 2 / unit_ns,
-                y,
-                found[1],
-                ha="center",
-                va="center_baseline",
-                fontsize=9.5,
-                color=LABEL_DARK if span.kind == "forward" else "#ffffff",
-            )
-
-
-def _add_boxes(
-    axes: Axes,
-    boxes: Sequence[tuple[float, float, float, float]],
-    colour: str,
-    *,
-    gap: float = 0.6,
-) -> None:
-    """Draw all boxes (x, y, width, height) as one path: a hundredth of the bytes of patches."""
-    vertices: list[tuple[float, float]] = []
-    for x, y, width, height in boxes:
-        corners = [(x, y), (x + width, y), (x + width, y + height), (x, y + height), (x, y)]
-        vertices += corners
-    codes = [Path.MOVETO, Path.LINETO, Path.LINETO, Path.LINETO, Path.CLOSEPOLY] * len(boxes)
-    axes.add_patch(
-        PathPatch(
-            Path(vertices, codes),
-            facecolor=colour,
-            edgecolor=PAPER if gap else "none",
-            linewidth=gap,
-            clip_on=False,
-            zorder=2,
-        )
-    )
+    return tuple(rank * layout.dp * layout.tp for rank in range(layout.pp))[:MAX_ROWS]
 
 
 def _bar_axes(axes: Axes, labels: Sequence[str], positions: Sequence[float]) -> None:
@@ -208,7 +82,7 @@ def kind_bars(name: str, comparison: Comparison, ranks: Sequence[int]) -> str:
                     boxes.setdefault(time.kind, []).append(box)
                     ends[side] += width
         for kind in used:
-            _add_boxes(axes, boxes[kind], KIND_COLOURS[kind])
+            add_boxes(axes, boxes[kind], KIND_COLOURS[kind])
         axes.set_xlim(0, 1.02 * max(x + width for row in boxes.values() for x, _, width, _ in row))
         _bar_axes(axes, labels, positions)
         axes.set_xlabel(f"time in a step [{unit}]")
@@ -217,7 +91,7 @@ def kind_bars(name: str, comparison: Comparison, ranks: Sequence[int]) -> str:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class MemoryRow:
-    """One rank or stage: predicted parts in bytes, and the measured peak, or -1 without a run."""
+    """One rank of a run, or of the pipeline: predicted parts in bytes, the measured peak or -1."""
 
     label: str
     parts: tuple[tuple[str, int], ...]
@@ -225,10 +99,10 @@ class MemoryRow:
 
 
 def memory_rows(plan: Plan, record: RunRecord | None) -> tuple[MemoryRow, ...]:
-    """Return a row a shown rank of the run, or a row a stage where there is none."""
+    """Return a row a shown rank of the run, or a row a pipeline rank where there is none."""
     layout = plan.layout
     if record is None:
-        places = [(f"stage {stage}", stage, -1) for stage in range(layout.pp)]
+        places = [(stages_text(plan.stages_of(rank)), rank, -1) for rank in range(layout.pp)]
     else:
         places = [
             (f"rank {rank}", layout.place(rank).pp, record.memory[rank].peak_bytes)
@@ -237,10 +111,10 @@ def memory_rows(plan: Plan, record: RunRecord | None) -> tuple[MemoryRow, ...]:
     return tuple(
         MemoryRow(
             label=label,
-            parts=tuple((part, getattr(plan.memory[stage], part)) for part in MEMORY_COLOURS),
+            parts=tuple((part, getattr(plan.memory[place], part)) for part in MEMORY_COLOURS),
             measured_bytes=peak,
         )
-        for label, stage, peak in places
+        for label, place, peak in places
     )
 
 
@@ -261,7 +135,8 @@ def memory_bars(name: str, rows: Sequence[MemoryRow], limit_bytes: int) -> str:
     unit_bytes, unit = (2.0**30, "GiB") if most >= 2**30 else (2.0**20, "MiB")
     end = max(most, limit_bytes if has_limit else 0) / unit_bytes
     has_measured = any(row.measured_bytes >= 0 for row in rows)
-    left, top, height = 80, 44, (36 if has_measured else 30) * len(rows)
+    top, height = 44, (36 if has_measured else 30) * len(rows)
+    left = 20 + 6 * max(10, *(len(row.label) for row in rows))
     sheet = Sheet(name, "Memory per rank", top + height + 44)
     with sheet as figure:
         entries = [*MEMORY_COLOURS.items(), *([("measured peak", INK)] if has_measured else [])]
@@ -274,14 +149,14 @@ def memory_bars(name: str, rows: Sequence[MemoryRow], limit_bytes: int) -> str:
                 start = sum(n for _, n in row.parts[: names.index(part)]) / unit_bytes
                 width = dict(row.parts)[part] / unit_bytes
                 boxes.append((start, y - 0.38, width, 0.52 if has_measured else 0.76))
-            _add_boxes(axes, boxes, colour)
+            add_boxes(axes, boxes, colour)
         peaks = [
             (0.0, y + 0.19, row.measured_bytes / unit_bytes, 0.14)
             for y, row in enumerate(rows)
             if row.measured_bytes >= 0
         ]
         if peaks:
-            _add_boxes(axes, peaks, INK)
+            add_boxes(axes, peaks, INK)
         axes.set_xlim(0, 1.03 * end)
         _bar_axes(axes, [row.label for row in rows], range(len(rows)))
         if has_limit:

@@ -7,7 +7,7 @@ colours of data are fixed. Text stays text, in the fonts of the reader's system.
 import io
 import re
 import warnings
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from html import escape
 from typing import Any
 
@@ -15,13 +15,19 @@ import matplotlib
 from matplotlib.axes import Axes
 from matplotlib.backends.backend_svg import FigureCanvasSVG
 from matplotlib.figure import Figure
-from matplotlib.patches import Rectangle
+from matplotlib.patches import PathPatch, Rectangle
+from matplotlib.path import Path
 
 KIND_COLOURS = {
     "forward": "#8db8dd",
     "backward": "#2a6299",
     "send": "#f0b441",
     "all_reduce": "#c4552d",
+    "all_gather": "#d9824a",
+    "reduce_scatter": "#8f3f22",
+    "all_to_all": "#e2a27c",
+    "push": "#9a7a1f",
+    "pull": "#d8c06a",
     "optimizer": "#3f9b78",
     "data": "#b87fae",
     "other": "#8c8984",
@@ -181,3 +187,28 @@ def time_unit(largest_ns: float) -> tuple[float, str]:
         if largest_ns >= 2 * length:
             return length, name
     return 1.0, "ns"
+
+
+def add_boxes(
+    axes: Axes,
+    boxes: Sequence[tuple[float, float, float, float]],
+    colour: str,
+    *,
+    gap: float = 0.6,
+) -> None:
+    """Draw all boxes (x, y, width, height) as one path: a hundredth of the bytes of patches."""
+    vertices: list[tuple[float, float]] = []
+    for x, y, width, height in boxes:
+        corners = [(x, y), (x + width, y), (x + width, y + height), (x, y + height), (x, y)]
+        vertices += corners
+    codes = [Path.MOVETO, Path.LINETO, Path.LINETO, Path.LINETO, Path.CLOSEPOLY] * len(boxes)
+    axes.add_patch(
+        PathPatch(
+            Path(vertices, codes),
+            facecolor=colour,
+            edgecolor=PAPER if gap else "none",
+            linewidth=gap,
+            clip_on=False,
+            zorder=2,
+        )
+    )

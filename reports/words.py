@@ -1,5 +1,7 @@
 """Numbers in words: the few formats that the terminal and the page share."""
 
+from collections.abc import Sequence
+
 from profiles.quantity import format_quantity
 
 KIND_NAMES = {
@@ -10,6 +12,11 @@ KIND_NAMES = {
     "optimizer": "optimizer",
     "data": "data",
     "other": "other",
+    "all_gather": "all-gather",
+    "reduce_scatter": "reduce-scatter",
+    "all_to_all": "all-to-all",
+    "push": "push",
+    "pull": "pull",
     "wait": "wait",
     "idle": "idle",
 }
@@ -58,6 +65,18 @@ def count(number: float) -> str:
     '1,234,567'
     """
     return f"{round(number):,}"
+
+
+def stages_text(stages: Sequence[int]) -> str:
+    """Return what a pipeline rank is called by: the stages that it holds.
+
+    >>> stages_text([3]), stages_text([0, 4]), stages_text(range(0, 32, 4))
+    ('stage 3', 'stages 0,4', 'stages 0,4,..,28')
+    """
+    shown = [str(stage) for stage in stages]
+    if len(shown) > 4:
+        shown = [*shown[:2], "..", shown[-1]]
+    return f"stage{'s' if len(shown) > 1 else ''} {','.join(shown)}"
 
 
 def joined(words: list[str]) -> str:

@@ -1,7 +1,10 @@
 """A made-up machine whose kernels cost flops over a rate and nothing else: sums fit on paper."""
 
+from dataclasses import replace
 from itertools import product
 
+from planner.plan import Plan
+from planner.search import make_plan, search
 from profiles.cluster import ClusterSpec, GpuSpec, LinkSpec, PoolSpec
 from profiles.job import Job, SearchLimits
 from profiles.model import ModelSpec
@@ -104,6 +107,19 @@ def made_up_profile(num_ranks: int) -> Profile:
         measured_at="2026-11-20T00:00:00Z",
         scales={},
     )
+
+
+def interleaved_plan() -> Plan:
+    """Return a plan of two pipeline ranks with two stages each, for a cluster elsewhere."""
+    here = made_up_job(num_ranks=2)
+    job = replace(
+        here,
+        cluster=replace(here.cluster, local_device=""),
+        search=SearchLimits(pp=(2,), schedule=("interleaved",), stages_per_rank=(2,)),
+    )
+    measured = made_up_profile(num_ranks=2)
+    profile = replace(measured, device=replace(measured.device, kind="cuda"))
+    return make_plan(job, profile, "profile.json", search(job, profile), 0, "0")
 
 
 def made_up_job(num_ranks: int) -> Job:

@@ -1,10 +1,8 @@
 """Small plans for tests, with made-up costs."""
 
-from typing import cast
-
-from planner.layout import Layout, ScheduleName
-from planner.plan import PLAN_SCHEMA_VERSION, Plan, ProfileReference, StageCost, StageMemory, seal
-from planner.schedule import SCHEDULES
+from planner.layout import Layout
+from planner.plan import PLAN_SCHEMA_VERSION, PeakMemory, Plan, ProfileReference, StageCost, seal
+from planner.schedules import SCHEDULES
 from profiles.cluster import ClusterSpec, GpuSpec, LinkSpec, PoolSpec
 from profiles.model import ModelSpec
 from profiles.profile import Cost, DeviceFacts
@@ -25,7 +23,7 @@ def tiny_layout(
     """Return a layout of `global_batch` sequences, one a micro-batch, over four equal layers."""
     return Layout(
         dp=dp, tp=tp, pp=pp, micro_batch=1, num_microbatches=global_batch // dp,
-        stage_layers=(4 // pp,) * pp, schedule=cast(ScheduleName, schedule),
+        stage_layers=(4 // pp,) * pp, schedule=schedule,
     )  # fmt: skip
 
 
@@ -59,13 +57,15 @@ def tiny_plan(
 ) -> Plan:
     """Return a sealed plan of `layout`; `changed` replaces whole sections."""
     layout = layout or tiny_layout()
-    schedule = SCHEDULES[layout.schedule](layout.pp, layout.num_microbatches)
+    schedule = SCHEDULES[layout.schedule].build(
+        layout.pp, layout.num_microbatches, layout.stages_per_rank
+    )
     costs = StageCost(
-        forward=COST, backward=COST, send_forward=COST, send_backward=COST, all_reduce=COST,
-        optimizer=COST, other=COST, wait=COST, tensor_parallel_forward_ns=0,
+        forward=COST, backward=COST, weight=COST, send_forward=COST, send_backward=COST,
+        all_reduce=COST, optimizer=COST, other=COST, wait=COST, tensor_parallel_forward_ns=0,
         tensor_parallel_backward_ns=0,
     )  # fmt: skip
-    memory = StageMemory(
+    memory = PeakMemory(
         parameters=1, gradients=1, optimizer=1, activations=1, temporary=1, context=1
     )
     device = DeviceFacts(
@@ -84,7 +84,7 @@ def tiny_plan(
         ),
         "layout": layout,
         "schedule": tuple(str(schedule).splitlines()),
-        "costs": (costs,) * layout.pp,
+        "costs": (costs,) * layout.num_stages,
         "memory": (memory,) * layout.pp,
         "step": COST,
         "ranking": (),

@@ -6,15 +6,15 @@ from planner.layout import Layout
 from planner.plan import (
     PLAN_SCHEMA_VERSION,
     Candidate,
+    PeakMemory,
     Plan,
     ProfileReference,
     Rejection,
     StageCost,
-    StageMemory,
     seal,
 )
 from planner.record import RECORD_SCHEMA_VERSION, RankMemory, RunRecord, StepRecord
-from planner.schedule import SCHEDULES
+from planner.schedules import SCHEDULES
 from profiles.cluster import ClusterSpec, GpuSpec, LinkSpec, PoolSpec
 from profiles.model import ModelSpec
 from profiles.profile import Cost, DeviceFacts
@@ -25,7 +25,7 @@ from simulator.timeline import Kind, Span, Timeline
 MS = 1_000_000
 MIB = 1 << 20
 VERSIONS = {"layline": "0.1.0", "python": "3.11.7", "torch": "2.13.0"}
-MEMORY = StageMemory(
+MEMORY = PeakMemory(
     parameters=80 * MIB,
     gradients=80 * MIB,
     optimizer=160 * MIB,
@@ -138,7 +138,7 @@ def make_plan(
         profile=PROFILE,
         layout=layout,
         schedule=tuple(
-            str(SCHEDULES[layout.schedule](layout.pp, layout.num_microbatches)).splitlines()
+            str(SCHEDULES[layout.schedule].build(layout.pp, layout.num_microbatches)).splitlines()
         ),
         costs=tuple(_stage_cost(layout) for _ in range(layout.pp)),
         memory=(MEMORY,) * layout.pp,
@@ -163,6 +163,7 @@ def _stage_cost(layout: Layout) -> StageCost:
     return StageCost(
         forward=cost(forward_ns),
         backward=cost(2 * forward_ns),
+        weight=cost(forward_ns),
         send_forward=cost(MS),
         send_backward=cost(MS),
         all_reduce=cost(6 * MS * (layout.dp > 1)),
@@ -209,7 +210,7 @@ def walk(layout: Layout, *, source: str, scale: Mapping[str, float]) -> Timeline
 
     queues = [
         list(actions)
-        for actions in SCHEDULES[layout.schedule](layout.pp, layout.num_microbatches).ranks
+        for actions in SCHEDULES[layout.schedule].build(layout.pp, layout.num_microbatches).ranks
     ]
     for stage in range(layout.pp):
         add(stage, "data", "data", 0)

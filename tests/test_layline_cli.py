@@ -1,5 +1,6 @@
 """The commands as a user meets them: what they print, and what they say of bad input."""
 
+import gzip
 import json
 import os
 import signal
@@ -62,6 +63,75 @@ def test_plan_simulate_and_report(call: Call) -> None:
     reported = call("report", "plan.json", "-o", "report.html")
     assert reported.exit_code == 0, reported.output
     assert "llama-demo" in Path("report.html").read_text()
+
+
+ELSEWHERE = """\
+profile = "profile.json"
+
+[model]
+preset = "llama-demo"
+
+[workload]
+seq_len = 32
+global_batch = 8
+
+[cluster]
+name = "rented"
+
+[[cluster.pools]]
+gpus_per_node = 4
+intra_node = { name = "made-up", rate = "100 GB/s", latency = "5 us", source = "-", date = "-" }
+
+[cluster.pools.gpu]
+name = "made-up"
+memory = "80 GiB"
+memory_rate = "2 TB/s"
+peak = { fp32 = "10 TFLOP/s" }
+power = "700 W"
+source = "made up"
+date = "2026-11-20"
+
+[search]
+schedule = ["interleaved"]
+"""
+
+
+def test_interleaved_stages_from_job_to_trace(call: Call) -> None:
+    Path("job.toml").write_text(ELSEWHERE)
+    edit("profile.json", '"kind": "cpu"', '"kind": "cuda"')
+    planned = call("plan", "job.toml", "-o", "plan.json", "--set", "search.stages_per_rank=[2]")
+    assert planned.exit_code == 0, planned.output
+    plan = load_plan(Path("plan.json"))
+    assert (plan.layout.schedule, plan.layout.stages_per_rank) == ("interleaved", 2)
+    assert f",v=2,interleaved,mb={plan.layout.micro_batch}x" in planned.stdout
+    simulated = call("simulate", "plan.json", "--trace", "trace.json.gz")
+    assert simulated.exit_code == 0, simulated.output
+    for words in ("bottleneck: stages ", "critical path: ", "bubble"):
+        assert words in simulated.stdout
+    told = json.loads(call("simulate", "plan.json", "--json").stdout)
+    assert told["step_ns"] == plan.step.p50_ns
+    assert sum(told["critical_path"]["busy_ns"].values()) == plan.step.p50_ns
+    peaks = [max(alive for _, alive in told["memory"][rank]) for rank in sorted(told["memory"])]
+    assert peaks == [memory.total for memory in plan.memory]
+    events = json.loads(gzip.decompress(Path("trace.json.gz").read_bytes()))["traceEvents"]
+    names = {event["args"]["name"] if event["ph"] == "M" else event["name"] for event in events}
+    assert {"0F0", f"{plan.layout.num_stages - 1}B0", "memory", "critical path"} <= names
+    reported = call("report", "plan.json", "-o", "report.html")
+    assert reported.exit_code == 0, reported.output
+    assert f"stages 0,{plan.layout.pp}" in Path("report.html").read_text()
+    result = call("run", "plan.json", "-o", "out")
+    assert result.exit_code == 5
+    assert "the plan is for cluster rented, not for this machine" in result.stderr
+
+
+def test_a_schedule_that_cannot_be_run_here(call: Call) -> None:
+    edit("job.toml", "ranks = 4", 'ranks = 4\n[search]\nschedule = ["interleaved"]')
+    assert call("plan", "job.toml", "-o", "plan.json").exit_code == 0
+    result = call("run", "plan.json", "-o", "out")
+    assert result.exit_code == 5
+    assert "schedule interleaved: " in result.stderr
+    assert 'plan with search.schedule = ["1f1b", "gpipe"] to run it' in result.stderr
+    assert not Path("out").exists()
 
 
 def test_the_same_input_gives_the_same_bytes(call: Call) -> None:
@@ -138,6 +208,14 @@ def test_a_plan_edited_by_hand_names_the_section(call: Call) -> None:
         assert result.exit_code == 7
         assert "changed by hand since it was planned: workload" in result.stderr
     assert not Path("out").exists()
+
+
+def test_a_plan_of_an_older_version_is_stale(call: Call) -> None:
+    call("plan", "job.toml", "-o", "plan.json")
+    edit("plan.json", '"schema_version": 2', '"schema_version": 1')
+    result = call("simulate", "plan.json")
+    assert result.exit_code == 7
+    assert "plan.json: schema_version is 1; this version reads 2" in result.stderr
 
 
 def test_a_plan_whose_profile_changed_is_stale(call: Call) -> None:
@@ -238,7 +316,7 @@ def test_a_file_of_another_kind(call: Call) -> None:
         ("simulate", "list.json"): "list.json: holds no Plan",
         ("simulate", "inf.json"): "1e999 is too large",
         ("plan", "job.toml"): "this version reads",
-        ("plan", "job.toml", "--set", "profile=plan.json"): "plan.json: holds no Profile",
+        ("plan", "job.toml", "--set", "profile=plan.json"): "plan.json: schema_version is 2",
         ("plan", "job.toml", "--set", f"profile={'a' * 3000}"): 'must be "auto" or a file',
     }.items():
         result = call(*command)

@@ -1,6 +1,8 @@
 """The search, the cost and the memory model: closed forms on a made-up machine."""
 
 from dataclasses import replace
+from pathlib import Path
+from typing import get_args
 
 import pytest
 from hypothesis import given
@@ -8,11 +10,21 @@ from hypothesis import strategies as st
 
 from planner.cost import cost_model
 from planner.kernels import StageShape, layer_backward, layer_forward, stage_parameters
-from planner.layout import Layout
-from planner.memory import stage_memory
+from planner.layout import RUNNABLE_SCHEDULES, Layout
+from planner.lower import (
+    QUANTILES,
+    memory_of,
+    predict_step,
+    predict_steps,
+    simulate_plan,
+    simulation_of,
+    stage_times,
+)
+from planner.memory import layer_activation_bytes, peak_activations, peak_memory
 from planner.partition import balanced_stages
-from planner.plan import load_plan, save_plan
-from planner.schedule import one_f_one_b
+from planner.plan import StageCost, load_plan, save_plan
+from planner.schedules import SCHEDULES
+from planner.schedules.flush import one_f_one_b
 from planner.search import (
     InfeasibleError,
     best_of_each_kind,
@@ -21,10 +33,13 @@ from planner.search import (
 )
 from profiles.errors import UnsupportedError
 from profiles.job import Job, SearchLimits
+from profiles.job_schema import ScheduleName
 from profiles.model import ModelSpec
+from profiles.profile import Cost
 from tests.machine import FLOPS_PER_NS, RATE_BYTES_PER_NS, TINY, made_up_job, made_up_profile
 
 PROFILE = made_up_profile(num_ranks=8)
+CUDA_PROFILE = replace(PROFILE, device=replace(PROFILE.device, kind="cuda"))
 
 
 def job(**changes: object) -> Job:
@@ -90,6 +105,103 @@ def test_gradient_reduction_is_the_ring_formula() -> None:
     assert cost.all_reduce.p50_ns == pytest.approx(expected, rel=0.02)
 
 
+@pytest.mark.parametrize("tp", [1, 2])
+def test_the_weight_half_of_a_backward_is_its_weight_gradients(tp: int) -> None:
+    layout = Layout(dp=1, tp=tp, pp=4, micro_batch=2, num_microbatches=1,
+                    stage_layers=(1, 1, 1, 1))  # fmt: skip
+    costs = cost_model(TINY, job().workload, job().stack, PROFILE).stages(layout)
+    rows = 2 * job().workload.seq_len
+    layer = (TINY.num_layer_parameters - 2 * TINY.hidden) // tp
+    head = TINY.vocab * TINY.hidden // tp
+    for cost, parameters in zip(costs, (layer, layer, layer, layer + head), strict=True):
+        assert cost.weight.p50_ns == pytest.approx(2 * rows * parameters / FLOPS_PER_NS, rel=0.02)
+        for quantile in QUANTILES:
+            assert 0 < getattr(cost.weight, quantile) < getattr(cost.backward, quantile)
+
+
+def test_a_step_has_three_lanes_a_candidate_and_host_work_once_a_rank() -> None:
+    def cost(ns: int) -> StageCost:
+        some = Cost(p10_ns=ns, p50_ns=2 * ns, p90_ns=3 * ns)
+        return StageCost(forward=some, backward=some, weight=some, send_forward=some,
+                         send_backward=some, all_reduce=some, optimizer=some, other=some, wait=some,
+                         tensor_parallel_forward_ns=0, tensor_parallel_backward_ns=0)  # fmt: skip
+
+    schedule = SCHEDULES["interleaved"].build(2, 4)
+    two = [[cost(10)] * 4, [cost(700)] * 4]
+    times = stage_times(schedule, two)
+    assert times.num_lanes == 6
+    before, after = times.edge_ns()
+    assert before[:, 1].tolist() == [20, 20, 0, 0]
+    assert after[:, 5].tolist() == [3 * 2100] * 4
+    assert predict_steps(schedule, two) == [predict_step(schedule, costs) for costs in two]
+
+
+def test_every_named_schedule_is_in_the_job_file_and_the_other_way_round() -> None:
+    assert set(get_args(ScheduleName)) == set(SCHEDULES)
+    assert set(RUNNABLE_SCHEDULES) <= set(SCHEDULES)
+
+
+def elsewhere(**limits: object) -> Job:
+    """Return a job for a cluster that is not this machine."""
+    cluster = replace(job().cluster, local_device="")
+    return job(cluster=cluster, search=SearchLimits(**limits))  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("name", sorted(SCHEDULES))
+def test_every_named_schedule_is_searched_where_it_is_asked_for(name: str, tmp_path: Path) -> None:
+    asked = elsewhere(schedule=(name,), pp=(2,))
+    result = search(asked, CUDA_PROFILE)
+    assert {c.layout.schedule for c in result.ranking} == {name}
+    for place, candidate in enumerate(result.ranking):
+        layout = candidate.layout
+        assert SCHEDULES[name].takes(layout.stages_per_rank)
+        assert sum(layout.stage_layers) == TINY.num_layers
+        plan = make_plan(asked, CUDA_PROFILE, "profile.json", result, place, "0.0.0")
+        assert (len(plan.memory), len(plan.costs)) == (2, 2 * layout.stages_per_rank)
+        save_plan(plan, tmp_path / "plan.json")
+        assert load_plan(tmp_path / "plan.json") == plan
+        simulation = simulation_of(plan)
+        assert simulation.makespan_ns == plan.step.p50_ns
+        curves = memory_of(plan, simulation)
+        peaks = {rank: curve.peak_bytes for rank, curve in curves.items()}
+        assert peaks == simulate_plan(plan).peak_bytes
+        assert max(peaks.values()) == candidate.peak_bytes
+
+
+def test_here_only_what_can_be_run_is_searched_elsewhere_all() -> None:
+    here = search(job(), PROFILE)
+    assert {c.layout.schedule for c in here.ranking} == set(RUNNABLE_SCHEDULES)
+    there = search(elsewhere(), CUDA_PROFILE)
+    assert {c.layout.schedule for c in there.ranking} == set(SCHEDULES)
+    seen = [str(c.layout) for c in there.ranking] + [r.layout for r in there.rejections]
+    assert len(seen) == len(set(seen))
+    assert "dp=1,tp=1,pp=4,v=2" in {r.layout for r in there.rejections}
+
+
+def test_limits_on_stages_name_themselves() -> None:
+    result = search(elsewhere(stages_per_rank=(2, 3)), CUDA_PROFILE)
+    assert {c.layout.stages_per_rank for c in result.ranking} == {2}
+    reasons = {r.layout: r.reason for r in result.rejections}
+    assert reasons["dp=4,tp=1,pp=1"] == (
+        "pp is 1, which is one stage a rank; search.stages_per_rank allows 2, 3 only"
+    )
+    assert reasons["dp=2,tp=1,pp=2,v=3"] == (
+        "pp is 2 with 3 stages a rank, but the model has 4 layers; a stage needs one"
+    )
+    with pytest.raises(InfeasibleError, match="no schedule among 1f1b, gpipe has 2 stages a rank"):
+        search(job(search=SearchLimits(pp=(2,), stages_per_rank=(2,))), PROFILE)
+    alone = search(elsewhere(schedule=("interleaved",)), CUDA_PROFILE)
+    assert all(c.layout.pp > 1 for c in alone.ranking)
+    assert "search.schedule allows interleaved only" in alone.rejections[0].reason
+
+
+def test_more_micro_batches_than_a_schedule_can_have_are_a_rejection() -> None:
+    work = replace(job().workload, global_batch=1 << 26)
+    limits = SearchLimits(dp=(1,), tp=(1,), pp=(4,), micro_batch=(1,), schedule=("1f1b",))
+    with pytest.raises(InfeasibleError, match="67108864 micro-batches; it can have 1 to"):
+        search(job(workload=work, search=limits), PROFILE)
+
+
 def test_every_layout_is_ranked_or_rejected_once() -> None:
     result = search(job(), PROFILE)
     seen = [str(c.layout) for c in result.ranking] + [r.layout for r in result.rejections]
@@ -141,14 +253,13 @@ def test_a_model_that_is_no_llama_is_refused_by_name() -> None:
 
 
 def test_a_profile_of_another_machine_is_refused_by_name() -> None:
-    elsewhere = replace(job().cluster, local_device="")
     with pytest.raises(
         UnsupportedError, match=r"measured made-up \(cpu\), the cluster has made-up"
     ):
-        search(job(cluster=elsewhere), PROFILE)
+        search(elsewhere(), PROFILE)
     h200 = replace(PROFILE, device=replace(PROFILE.device, kind="cuda", name="NVIDIA H200"))
     with pytest.raises(UnsupportedError, match="measured NVIDIA H200"):
-        search(job(cluster=elsewhere), h200)
+        search(elsewhere(), h200)
     with pytest.raises(UnsupportedError, match="measured cuda, the job asks for cpu"):
         search(job(), h200)
 
@@ -156,7 +267,7 @@ def test_a_profile_of_another_machine_is_refused_by_name() -> None:
 def test_memory_of_a_stage() -> None:
     layout = Layout(dp=1, tp=2, pp=2, micro_batch=1, num_microbatches=4, stage_layers=(2, 2))
     schedule = one_f_one_b(2, 4)
-    first, last = stage_memory(
+    first, last = peak_memory(
         TINY, job().workload, layout, schedule, job().stack, context_bytes=1000
     )
     shape = StageShape(model=TINY, tp=2, micro_batch=1, seq_len=job().workload.seq_len)
@@ -170,6 +281,44 @@ def test_memory_of_a_stage() -> None:
     )  # fmt: skip
 
 
+@given(
+    name=st.sampled_from(sorted(SCHEDULES)),
+    p=st.integers(1, 4),
+    m=st.integers(1, 9),
+    stage_bytes=st.lists(st.integers(0, 10**12), min_size=8, max_size=8),
+)
+def test_activations_peak_as_a_walk_over_the_schedule_says(
+    name: str, p: int, m: int, stage_bytes: list[int]
+) -> None:
+    schedule = SCHEDULES[name].build(p, m)
+    expected = []
+    for actions in schedule.ranks:
+        held = most = 0
+        for action in actions:
+            sign = {"F": 1, "B": -1, "I": 0, "W": -1}[action.kind]
+            held += sign * stage_bytes[action.stage]
+            most = max(most, held)
+        assert held == 0
+        expected.append(most)
+    assert peak_activations(schedule, stage_bytes[: schedule.num_stages]) == tuple(expected)
+
+
+def test_a_rank_holds_all_of_its_stages() -> None:
+    layout = Layout(dp=1, tp=1, pp=2, micro_batch=1, num_microbatches=4, stage_layers=(1, 1, 1, 1),
+                    schedule="interleaved", stages_per_rank=2)  # fmt: skip
+    schedule = SCHEDULES["interleaved"].build(2, 4)
+    memory = peak_memory(TINY, job().workload, layout, schedule, job().stack, context_bytes=7)
+    shape = StageShape(model=TINY, tp=1, micro_batch=1, seq_len=job().workload.seq_len)
+    assert schedule.homes.tolist() == [0, 1, 0, 1]
+    held = [stage_parameters(shape, layout.stage_layers, stage) for stage in range(4)]
+    assert [rank.parameters for rank in memory] == [4 * (held[0] + held[2]),
+                                                    4 * (held[1] + held[3])]  # fmt: skip
+    assert [rank.context for rank in memory] == [7, 7]
+    # Rank 0 of interleaved 1F1B keeps 2 (p - 1) + (v - 1) p + 1 micro-batches of a stage alive.
+    layer = layer_activation_bytes(shape, 4, fuses_norms=False)
+    assert memory[0].activations == 5 * layer
+
+
 @given(st.sampled_from([1, 2, 4]), st.sampled_from([8, 16, 32]))
 def test_memory_grows_with_batch_and_sequence(micro_batch: int, seq_len: int) -> None:
     def total(micro_batch: int, seq_len: int) -> int:
@@ -178,17 +327,15 @@ def test_memory_grows_with_batch_and_sequence(micro_batch: int, seq_len: int) ->
         )
         work = replace(job().workload, seq_len=seq_len)
         return max(
-            m.total for m in stage_memory(TINY, work, layout, one_f_one_b(2, 2), job().stack, 0)
+            m.total for m in peak_memory(TINY, work, layout, one_f_one_b(2, 2), job().stack, 0)
         )
 
     assert total(2 * micro_batch, seq_len) > total(micro_batch, seq_len)
     assert total(micro_batch, 2 * seq_len) > total(micro_batch, seq_len)
 
 
-def test_plan_file_reads_back(tmp_path: object) -> None:
-    from pathlib import Path
-
-    path = Path(str(tmp_path)) / "plan.json"
+def test_plan_file_reads_back(tmp_path: Path) -> None:
+    path = tmp_path / "plan.json"
     plan = make_plan(job(), PROFILE, "profile.json", search(job(), PROFILE), 0, "0.0.0")
     save_plan(plan, path)
     first = path.read_bytes()

@@ -7,10 +7,12 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from planner.lower import simulate_plan
 from profiles.files import canonical_json
 from profiles.profile import PROFILE_SCHEMA_VERSION, Profile
 from reports.compare import compare, exposed_ns, format_comparison, scales_from
 from simulator.timeline import Span, Timeline
+from tests.machine import interleaved_plan
 from tests.runs import MS, make_layout, make_plan, make_record, predict
 
 KINDS = ("forward", "backward", "send", "all_reduce", "optimizer", "data", "other")
@@ -75,8 +77,25 @@ def test_the_busiest_rank_is_compared_with_its_stage() -> None:
     times = ({"forward": 5}, {"forward": 6}, {"forward": 9}, {"forward": 9})
     comparison = compare(plan, make_record(plan, kind_ns=times), predict(plan.layout))
     assert comparison.critical_rank == 2
-    assert comparison.critical.stage == 1
-    assert [rank.stage for rank in comparison.ranks] == [0, 0, 1, 1]
+    assert comparison.critical.stages == (1,)
+    assert [rank.stages for rank in comparison.ranks] == [(0,), (0,), (1,), (1,)]
+
+
+def test_a_rank_with_several_stages_is_compared_as_one() -> None:
+    plan = interleaved_plan()
+    predicted = simulate_plan(plan)
+    record = replace(
+        make_record(make_plan(make_layout(pp=2))),
+        plan_digest=plan.plan_digest,
+        kind_ns=tuple(exposed_ns(predicted, rank) for rank in range(2)),
+        median_step_ns=predicted.makespan_ns,
+    )
+    comparison = compare(plan, record, predicted)
+    assert [rank.stages for rank in comparison.ranks] == [(0, 2), (1, 3)]
+    peaks = [rank.predicted_peak_bytes for rank in comparison.ranks]
+    assert peaks == [memory.total for memory in plan.memory]
+    critical = comparison.critical_rank
+    assert f"rank {critical} (stages {critical},{critical + 2})" in format_comparison(comparison)
 
 
 def test_a_run_as_predicted_has_nothing_to_explain() -> None:

@@ -7,11 +7,11 @@ from xml.etree import ElementTree
 
 import pytest
 
+from planner.lower import simulate_plan
 from reports.compare import compare
 from reports.figures import (
     MAX_ROWS,
     IntervalRow,
-    gantt,
     intervals,
     kind_bars,
     memory_bars,
@@ -19,9 +19,11 @@ from reports.figures import (
     shown_ranks,
     step_curves,
 )
+from reports.gantt import gantt
 from reports.svg import KIND_COLOURS, MEMORY_COLOURS
 from reports.words import KIND_NAMES
 from simulator.timeline import Kind, Span, Timeline
+from tests.machine import interleaved_plan
 from tests.runs import MIB, MS, make_layout, make_plan, make_record, predict
 
 PLAN = make_plan(make_layout(dp=2, pp=2))
@@ -49,8 +51,8 @@ ROWS = (
     ),
 )
 FIGURES: dict[str, Callable[[], str]] = {
-    "gantt": lambda: gantt("a", PLAN.layout, PREDICTED, RECORD.timeline),
-    "gantt of a plan": lambda: gantt("a", PLAN.layout, PREDICTED, None),
+    "gantt": lambda: gantt("a", PLAN, PREDICTED, RECORD.timeline),
+    "gantt of a plan": lambda: gantt("a", PLAN, PREDICTED, None),
     "kinds": lambda: kind_bars("a", COMPARISON, shown_ranks(PLAN.layout)),
     "memory": lambda: memory_bars("a", memory_rows(PLAN, RECORD), 2048 * MIB),
     "memory of a plan": lambda: memory_bars("a", memory_rows(PLAN, None), 10**12),
@@ -88,10 +90,21 @@ def test_every_kind_of_a_timeline_is_drawn_and_named() -> None:
         Span(rank=0, stream="compute", name=kind, kind=kind, start_ns=i * MS, end_ns=(i + 1) * MS)
         for i, kind in enumerate(kinds)
     )
-    svg = gantt("a", make_layout(pp=1), Timeline(source="simulated", spans=spans), None)
+    svg = gantt("a", make_plan(make_layout(pp=1)), Timeline(source="simulated", spans=spans), None)
     for kind in kinds:
         assert svg.count(KIND_COLOURS[kind]) >= 2
         assert f">{KIND_NAMES[kind]}<" in svg
+
+
+def test_a_rank_with_several_stages_is_named_by_them() -> None:
+    plan = interleaved_plan()
+    svg = gantt("a", plan, simulate_plan(plan), None)
+    assert ">stages 0,2<" in svg and ">stages 1,3<" in svg
+    assert "a row a pipeline rank" in svg
+    assert re.search(r">3B\d<", svg)
+    rows = memory_rows(plan, None)
+    assert [row.label for row in rows] == ["stages 0,2", "stages 1,3"]
+    assert [sum(dict(row.parts).values()) for row in rows] == [rank.total for rank in plan.memory]
 
 
 def test_many_short_spans_stay_small() -> None:
@@ -99,7 +112,7 @@ def test_many_short_spans_stay_small() -> None:
         Span(rank=0, stream="compute", name="0F0", kind="forward", start_ns=i, end_ns=i + 1)
         for i in range(20_000)
     )
-    svg = gantt("a", make_layout(pp=1), Timeline(source="simulated", spans=spans), None)
+    svg = gantt("a", make_plan(make_layout(pp=1)), Timeline(source="simulated", spans=spans), None)
     assert len(svg) < 200_000
 
 
@@ -112,4 +125,4 @@ def test_a_wide_layout_shows_one_rank_a_stage() -> None:
 
 def test_an_empty_timeline_is_an_empty_figure() -> None:
     empty = Timeline(source="simulated", spans=())
-    ElementTree.fromstring(gantt("a", make_layout(pp=1), empty, empty))
+    ElementTree.fromstring(gantt("a", make_plan(make_layout(pp=1)), empty, empty))

@@ -16,6 +16,7 @@ from reports.compare import compare
 from reports.page import build_report, render_report
 from reports.views import PlanView, RunView, order_agreement, studies
 from reports.words import duration, size
+from tests.machine import interleaved_plan
 from tests.runs import make_layout, make_plan, make_record
 
 HOSTILE = "</title><script src=http://x>alert('$1')</script>\"&"
@@ -93,6 +94,15 @@ def test_the_headline_numbers_are_there() -> None:
         *(explanation.text for explanation in comparison.explanations),
     ):
         assert number in text
+
+
+def test_a_plan_with_several_stages_a_rank_has_a_page() -> None:
+    plan = interleaved_plan()
+    page = render_report([], [plan_view(plan)])
+    text = text_of(page)
+    for words in (str(plan.layout), "4F0 is the forward of 0 on stage 4", "0,2", "1,3"):
+        assert words in text
+    assert "stages 1,3" in page
 
 
 def test_an_extrapolated_plan_says_so() -> None:

@@ -2,8 +2,12 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Literal
 
 from planner.schedules.flush import gpipe, one_f_one_b
+from planner.schedules.looped import breadth_first, interleaved
+from planner.schedules.v_shape import dual_pipe_v, zb_v
+from planner.schedules.zero_bubble import zb_h1, zb_h2
 from simulator.schedule import Schedule
 
 
@@ -12,12 +16,14 @@ class Family:
     """One named schedule for any number of ranks and micro-batches.
 
     `builder(num_ranks, stages_per_rank, num_microbatches)` returns it. `stages_per_rank` is 1, 2,
-    or 0 where any number from 2 on will do.
+    or 0 where any number from 2 on will do. `repeats_by` is what its steady part repeats by: a
+    micro-batch, a group of as many as there are ranks, or nothing.
     """
 
     name: str
     builder: Callable[[int, int, int], Schedule]
     stages_per_rank: int
+    repeats_by: Literal["microbatch", "group", "nothing"]
 
     def build(
         self, num_ranks: int, num_microbatches: int, stages_per_rank: int | None = None
@@ -37,10 +43,63 @@ class Family:
             return stages_per_rank == self.stages_per_rank
         return stages_per_rank >= 2
 
+    def period(self, num_ranks: int) -> int:
+        """Return by how many micro-batches the steady part repeats; 0: there is none.
+
+        The order of each rank for m + period micro-batches is the one for m with a block put in;
+        behind the block, micro-batches are raised by the period. See `steady_from` for which m.
+        """
+        return {"microbatch": 1, "group": num_ranks, "nothing": 0}[self.repeats_by]
+
+    def steady_from(self, num_ranks: int, num_microbatches: int) -> int:
+        """Return from which m on `period` holds, for m that differ from `num_microbatches` by it.
+
+        Twice the ranks fill every warm-up. Groups come behind those that have one micro-batch more
+        each, one such group for each micro-batch that is left over.
+        """
+        num_left_over = num_microbatches % num_ranks if self.repeats_by == "group" else 0
+        return 2 * num_ranks + num_left_over * (num_ranks + 1)
+
 
 _FAMILIES = (
-    Family(name="gpipe", builder=lambda p, _, m: gpipe(p, m), stages_per_rank=1),
-    Family(name="1f1b", builder=lambda p, _, m: one_f_one_b(p, m), stages_per_rank=1),
+    Family(
+        name="gpipe",
+        builder=lambda p, _, m: gpipe(p, m),
+        stages_per_rank=1,
+        repeats_by="nothing",
+    ),
+    Family(
+        name="1f1b",
+        builder=lambda p, _, m: one_f_one_b(p, m),
+        stages_per_rank=1,
+        repeats_by="microbatch",
+    ),
+    Family(name="interleaved", builder=interleaved, stages_per_rank=0, repeats_by="group"),
+    Family(name="breadth_first", builder=breadth_first, stages_per_rank=0, repeats_by="nothing"),
+    Family(
+        name="zb_h1",
+        builder=lambda p, _, m: zb_h1(p, m),
+        stages_per_rank=1,
+        repeats_by="microbatch",
+    ),
+    Family(
+        name="zb_h2",
+        builder=lambda p, _, m: zb_h2(p, m),
+        stages_per_rank=1,
+        repeats_by="microbatch",
+    ),
+    Family(
+        name="zb_v",
+        builder=lambda p, _, m: zb_v(p, m),
+        stages_per_rank=2,
+        repeats_by="microbatch",
+    ),
+    Family(
+        name="dual_pipe_v",
+        builder=lambda p, _, m: dual_pipe_v(p, m),
+        stages_per_rank=2,
+        repeats_by="microbatch",
+    ),
 )
 SCHEDULES = {family.name: family for family in _FAMILIES}
 """Every named schedule."""

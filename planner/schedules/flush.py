@@ -2,7 +2,8 @@
 
 import numpy as np
 
-from simulator.schedule import B, Codes, F, Schedule, check_size, encode
+from planner.schedules.order import rounds_of_ranks
+from simulator.schedule import B, F, Schedule, check_size, encode
 
 
 def gpipe(num_ranks: int, num_microbatches: int) -> Schedule:
@@ -18,14 +19,12 @@ def gpipe(num_ranks: int, num_microbatches: int) -> Schedule:
     """
     check_size("gpipe", num_ranks, num_microbatches, num_ranks)
     microbatches = np.arange(num_microbatches)
+    columns = (encode(F, 0, microbatches), encode(B, 0, microbatches))
     return Schedule(
         name="gpipe",
         num_stages=num_ranks,
         num_microbatches=num_microbatches,
-        orders=tuple(
-            np.concatenate((encode(F, stage, microbatches), encode(B, stage, microbatches)))
-            for stage in range(num_ranks)
-        ),
+        orders=rounds_of_ranks(num_ranks, columns, lambda _: (0, num_microbatches)),
     )
 
 
@@ -41,28 +40,10 @@ def one_f_one_b(num_ranks: int, num_microbatches: int) -> Schedule:
     """
     check_size("1f1b", num_ranks, num_microbatches, num_ranks)
     microbatches = np.arange(num_microbatches)
+    columns = (encode(F, 0, microbatches), encode(B, 0, microbatches))
     return Schedule(
         name="1f1b",
         num_stages=num_ranks,
         num_microbatches=num_microbatches,
-        orders=tuple(
-            in_turn(
-                encode(F, stage, microbatches),
-                encode(B, stage, microbatches),
-                num_ranks - 1 - stage,
-            )
-            for stage in range(num_ranks)
-        ),
+        orders=rounds_of_ranks(num_ranks, columns, lambda rank: (0, num_ranks - 1 - rank)),
     )
-
-
-def in_turn(forwards: Codes, backwards: Codes, num_warmup: int) -> Codes:
-    """Return `num_warmup` forwards, then a forward and a backward in turn, then what is left.
-
-    >>> in_turn(np.array([1, 2, 3]), np.array([10, 20, 30]), 1).tolist()
-    [1, 2, 10, 3, 20, 30]
-    """
-    num_warmup = min(num_warmup, len(forwards))
-    num_pairs = len(forwards) - num_warmup
-    pairs = np.stack((forwards[num_warmup:], backwards[:num_pairs]), axis=1)
-    return np.concatenate((forwards[:num_warmup], pairs.ravel(), backwards[num_pairs:]))

@@ -1,0 +1,289 @@
+"""The speed of the engines on this machine, with the yardsticks measured beside them.
+
+A task is an action or a message. Rates are of processor time, medians of several rounds; what is
+timed is the engine as a search calls it, checks included, unless a row says otherwise.
+"""
+
+import os
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, replace
+from functools import partial
+from statistics import median
+
+import networkx as nx
+import numpy as np
+
+from planner.parameter_server import server_graph
+from planner.schedules import SCHEDULES
+from simulator.engine import simulate, step_ns
+from simulator.event_kernels import run
+from simulator.fold import folded_step
+from simulator.graph import Crossing, OpCosts, TaskGraph
+from simulator.jitter import Jitter
+from simulator.loop import prepare, wire
+from simulator.network import Link
+from simulator.schedule import Schedule
+from simulator.step import SEND_F, StepTimes, dataflow, lower, step_times
+from simulator.walk import walk_step
+
+_ROUNDS = 5
+_ROUND_S = 0.15
+_START_UP = """
+from planner.schedules import SCHEDULES
+from simulator.engine import simulate_step, step_ns
+from simulator.step import step_times
+schedule, times = SCHEDULES["1f1b"].build(4, 8), step_times(4, forward=1, backward=[[2, 3]])
+step_ns(schedule, times), simulate_step(schedule, times)
+"""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Figure:
+    """One measured figure; `goal` is what it should reach, 0 for a yardstick."""
+
+    name: str
+    value: float
+    unit: str
+    goal: float = 0.0
+    is_better_low: bool = False
+
+    @property
+    def reaches_goal(self) -> bool:
+        """Whether the goal is reached."""
+        return self.value <= self.goal if self.is_better_low else self.value >= self.goal
+
+
+def bench_engines(on_progress: Callable[[float, str], None] = lambda *_: None) -> list[Figure]:
+    """Return the speed of every engine; takes about half a minute with a warm compile cache."""
+    parts: list[tuple[str, Callable[[], list[Figure]]]] = [
+        ("yardsticks", _yardsticks), ("the walk", _walks), ("a large step", _large_step),
+        ("a search", _search), ("the event loop", _event_loop), ("start-up", _start_up),
+    ]  # fmt: skip
+    figures: list[Figure] = []
+    for place, (what, measure) in enumerate(parts):
+        on_progress(place / len(parts), what)
+        figures += measure()
+    walked = next(figure.value for figure in figures if figure.name.startswith("walk, 1F1B"))
+    simpy = next(figure.value for figure in figures if figure.name.startswith("SimPy"))
+    ratio = Figure(name="walk over SimPy", value=walked / simpy, unit="times", goal=1000)
+    return [*figures, ratio]
+
+
+def bench_text(figures: Sequence[Figure]) -> str:
+    """Return the figures as a table."""
+    lines = [f"{'':52} {'measured':>12} {'goal':>12}"]
+    for figure in figures:
+        sign = "<=" if figure.is_better_low else ">="
+        goal = f"{sign} {figure.goal:,.6g}" if figure.goal else "yardstick"
+        mark = "" if not figure.goal or figure.reaches_goal else "  missed"
+        lines.append(
+            f"{figure.name:52} {figure.value:>12,.4g} {goal:>12} {figure.unit}{mark}"
+        )
+    return "\n".join(lines)
+
+
+def num_tasks(schedule: Schedule) -> int:
+    """Return the actions and messages of one step."""
+    return schedule.num_actions + len(dataflow(schedule).sender)
+
+
+def uneven_times(num_stages: int, num_lanes: int = 1) -> StepTimes:
+    """Return times of stages that differ by up to a half, always the same ones."""
+    rng = np.random.default_rng(0)
+    shape = (num_stages, num_lanes)
+    backward = rng.integers(200_000, 300_000, shape)
+    return step_times(
+        num_stages, forward=rng.integers(100_000, 150_000, shape), backward=backward,
+        weight=backward // 2, send_forward=rng.integers(5_000, 10_000, shape),
+        send_backward=rng.integers(5_000, 10_000, shape),
+    )  # fmt: skip
+
+
+def cpu_s(call: Callable[[], object]) -> float:
+    """Return the processor seconds of one call: the median of rounds of many."""
+    call()
+    start, count = time.process_time(), 0
+    while time.process_time() - start < _ROUND_S:
+        call()
+        count += 1
+    rounds = []
+    for _ in range(_ROUNDS):
+        start = time.process_time()
+        for _ in range(count):
+            call()
+        rounds.append((time.process_time() - start) / count)
+    return median(rounds)
+
+
+def _rate(name: str, tasks: int, call: Callable[[], object], goal: float = 0.0) -> Figure:
+    value = tasks / cpu_s(call) / 1e6
+    return Figure(name=name, value=value, unit="M tasks/CPU-s", goal=goal)
+
+
+def _yardsticks() -> list[Figure]:
+    schedule = SCHEDULES["1f1b"].build(16, 64)
+    step, times = lower(schedule), uneven_times(16)
+    costs, tasks = step.costs(times), num_tasks(schedule)
+    return [
+        _rate("SimPy, 1F1B p=16 m=64", tasks, lambda: simulate(step.graph, costs, oracle=True)),
+        _rate(
+            "networkx longest path, the same", tasks,
+            partial(nx.dag_longest_path_length, _weighted(step.graph, costs)),
+        ),
+    ]  # fmt: skip
+
+
+def _weighted(graph: TaskGraph, costs: OpCosts) -> "nx.DiGraph[int]":
+    """Return `graph` with what each op takes on the edges that lead to it, streams included."""
+    edges, last = nx.DiGraph(), {}
+    for op_id in range(len(graph)):
+        stream = int(graph.stream[op_id])
+        sources = [*graph.deps_of(op_id).tolist(), *([last[stream]] if stream in last else [])]
+        edges.add_weighted_edges_from(
+            (source, op_id, int(costs.ns[op_id])) for source in sources
+        )
+        last[stream] = op_id
+    return edges
+
+
+def _walks() -> list[Figure]:
+    plain = SCHEDULES["1f1b"].build(16, 64)
+    looped = SCHEDULES["interleaved"].build(16, 64, 4)
+    jitter = Jitter(seed=1, compute_spread=0.05, message_spread=0.1)
+    one, four, lanes = uneven_times(16), uneven_times(64), uneven_times(64, 65)
+    return [
+        _rate("walk, 1F1B p=16 m=64", num_tasks(plain), lambda: walk_step(plain, one)),
+        _rate(
+            "walk, interleaved p=16 v=4 m=64", num_tasks(looped), lambda: walk_step(looped, four),
+            goal=80,
+        ),
+        _rate(
+            "the same, every duration drawn", num_tasks(looped),
+            lambda: walk_step(looped, four, jitter=jitter),
+        ),
+        _rate(
+            "the same, 65 candidates side by side", 65 * num_tasks(looped),
+            lambda: step_ns(looped, lanes),
+        ),
+    ]  # fmt: skip
+
+
+def _large_step() -> list[Figure]:
+    family, times = SCHEDULES["interleaved"], uneven_times(256)
+    schedule = family.build(64, 2048, 4)
+    tasks = num_tasks(schedule)
+    walked = walk_step(schedule, times)
+    num_bytes = schedule.codes.nbytes + sum(
+        array.nbytes for array in (walked.action_ends_ns, walked.inputs_ns, walked.sequence)
+    )
+
+    def folded() -> object:
+        return folded_step(
+            lambda m: family.build(64, m, 4), 2048, family.period(64),
+            family.steady_from(64, 2048), times,
+        )  # fmt: skip
+
+    name = "p=64 v=4 m=2,048"
+    return [
+        Figure(
+            name=f"walk, interleaved {name}, {tasks / 1e6:.1f} M tasks", unit="CPU-s", goal=0.1,
+            value=cpu_s(lambda: walk_step(schedule, times)), is_better_low=True,
+        ),
+        Figure(name="the same, folded, orders built", value=cpu_s(folded), unit="CPU-s",
+               goal=0.1, is_better_low=True),
+        Figure(name="memory of the walk", value=num_bytes / tasks, unit="bytes/task", goal=64,
+               is_better_low=True),
+    ]  # fmt: skip
+
+
+def _search() -> list[Figure]:
+    """Measure whole candidates: order built and checked, times made, step walked; by the clock."""
+    families = (SCHEDULES["1f1b"], 1), (SCHEDULES["interleaved"], 4)
+    rng = np.random.default_rng(1)
+    forwards = rng.integers(100_000, 150_000, (400, 64))
+
+    def candidate(number: int) -> int:
+        family, v = families[number % 2]
+        schedule = family.build(16, 64, v)
+        forward = forwards[number % len(forwards), : 16 * v]
+        times = step_times(16 * v, forward=forward, backward=2 * forward, send_forward=9_000)
+        return walk_step(schedule, times).makespan_ns
+
+    num_threads = os.cpu_count() or 1
+    with ThreadPoolExecutor(num_threads) as pool:
+        rates = []
+        for _ in range(_ROUNDS):
+            start = time.perf_counter()
+            list(pool.map(candidate, range(1000)))
+            rates.append(60 * 1000 / (time.perf_counter() - start))
+    name = f"1F1B and interleaved v=4, p=16 m=64, {num_threads} threads"
+    return [Figure(name=name, value=median(rates), unit="schedules/min", goal=100_000)]
+
+
+def _event_loop() -> list[Figure]:
+    pipeline = shared_pipeline()
+    servers = server_graph(
+        num_workers=32, num_servers=8, num_steps=20, mode="asp",
+    )  # fmt: skip
+    figures = []
+    for name, (graph, costs, links), goal in (
+        ("event loop, 1F1B p=16 m=64, 8 replicas folded", pipeline, 5.0),
+        ("event loop, async servers 32 x 8", servers, 1.0),
+    ):
+        wiring = wire(graph)
+        # Tables are filled beforehand, as many as one round needs: what is timed is the loop.
+        seconds = []
+        for _ in range(_ROUNDS):
+            tables = [prepare(wiring, costs, links, ()) for _ in range(40)]
+            start = time.process_time()
+            for table in tables:
+                run(*table)
+            seconds.append((time.process_time() - start) / len(tables))
+        rate = len(graph) / median(seconds) / 1e6
+        figures += [
+            Figure(name=name, value=rate, unit="M tasks/CPU-s", goal=goal),
+            _rate("the same, tables filled each time", len(graph),
+                  partial(simulate, graph, costs, links=links)),
+            Figure(name="the same, memory", value=tables[0].num_bytes / len(graph),
+                   unit="bytes/task", goal=64, is_better_low=True),
+        ]  # fmt: skip
+    return figures
+
+
+def shared_pipeline() -> tuple[TaskGraph, OpCosts, list[Link]]:
+    """Return 1F1B of 16 stages, each of 8 replicas behind one NIC, as one replica that weighs 8."""
+    num_ranks = 16
+    step = lower(SCHEDULES["1f1b"].build(num_ranks, 64))
+    graph, costs = step.graph, step.costs(uneven_times(num_ranks))
+    is_message = step.part >= SEND_F
+    ends = [(stream.rank, int(stream.name.split()[-1])) for stream in graph.streams[num_ranks:]]
+    path = np.where(is_message, graph.stream - num_ranks, -1).astype(np.int32)
+    shared = replace(
+        graph,
+        path=path,
+        paths=tuple((Crossing(here, 8), Crossing(num_ranks + there, 8)) for here, there in ends),
+    )
+    links = [Link(name=f"nic {i % num_ranks}", bytes_per_s=50e9) for i in range(2 * num_ranks)]
+    # Messages of 16 MiB, which the 8 replicas of a stage send at once.
+    return shared, OpCosts(
+        ns=np.where(is_message, 5_000, 40 * costs.ns), size_bytes=np.where(is_message, 1 << 24, 0)
+    ), links
+
+
+def _start_up() -> list[Figure]:
+    """Measure a fresh process that asks both engines; the compile cache is warm by now."""
+    seconds = []
+    for _ in range(_ROUNDS):
+        before = resource.getrusage(resource.RUSAGE_CHILDREN)
+        subprocess.run([sys.executable, "-c", _START_UP], check=True)
+        after = resource.getrusage(resource.RUSAGE_CHILDREN)
+        seconds.append(after.ru_utime + after.ru_stime - before.ru_utime - before.ru_stime)
+    return [
+        Figure(name="start-up, both engines asked once", value=median(seconds), unit="CPU-s",
+               goal=1.0, is_better_low=True)
+    ]  # fmt: skip
