@@ -12,9 +12,9 @@ from dataclasses import dataclass, field
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
-from executor.model import local
+from executor.model import LlamaStage
+from executor.shards import as_parameter_shard, local
 
 
 @dataclass(slots=True)
@@ -27,16 +27,17 @@ class _Bucket:
 
 
 class GradientBuckets:
-    """Gradients that live in buckets of about `bucket_bytes` and are summed over `group`.
+    """Gradients of some stages, in buckets of about `bucket_bytes`, that are summed over `group`.
 
-    Autograd adds into views of the buckets, so a gradient exists once. Where `overlaps` is true, a
+    Backwards add into views of the buckets, so a gradient exists once. Where `overlaps` is true, a
     bucket's all-reduce starts when its last gradient of the `num_backwards` backwards is there;
-    otherwise `reduce` does all of them. Buckets are reduced in one order on every rank.
+    otherwise `reduce` does all of them. Buckets are reduced in one order on every rank: that in
+    which the backwards of a step are mostly done with them, the last stage first.
     """
 
     def __init__(
         self,
-        parameters: Sequence[nn.Parameter],
+        stages: Sequence[LlamaStage],
         group: dist.ProcessGroup,
         num_backwards: int,
         bucket_bytes: int,
@@ -44,14 +45,20 @@ class GradientBuckets:
     ) -> None:
         self._group = group
         self._num_backwards = num_backwards
-        self._buckets = [_filled(members) for members in _partition(parameters, bucket_bytes)]
+        self._buckets = [
+            _filled(members)
+            for stage in reversed(stages)
+            for members in _partition(list(stage.parameters()), bucket_bytes)
+        ]
+        self._bucket_of = {p: bucket for bucket in self._buckets for p in bucket.parameters}
         self._works: list[dist.Work] = []
         if overlaps:
-            for bucket in self._buckets:
-                for parameter in bucket.parameters:
-                    parameter.register_post_accumulate_grad_hook(  # type: ignore[no-untyped-call]
-                        lambda _, bucket=bucket: self._one_more(bucket)
-                    )
+            for parameter in self._bucket_of:
+                parameter.register_post_accumulate_grad_hook(  # type: ignore[no-untyped-call]
+                    self._one_more
+                )
+            for stage in stages:
+                stage.weight_half.on_gradient = self._one_more
         self.zero()
 
     def zero(self) -> None:
@@ -60,8 +67,8 @@ class GradientBuckets:
             bucket.flat.zero_()
             bucket.missing = len(bucket.parameters) * self._num_backwards
 
-    def _one_more(self, bucket: _Bucket) -> None:
-        bucket.missing -= 1
+    def _one_more(self, parameter: nn.Parameter) -> None:
+        self._bucket_of[parameter].missing -= 1
         # A bucket waits for those in front of it: collectives must have one order on all ranks.
         while len(self._works) < len(self._buckets):
             if self._buckets[len(self._works)].missing:
@@ -108,17 +115,3 @@ def _filled(parameters: list[nn.Parameter]) -> _Bucket:
         start += shard.numel()
         parameter.grad = as_parameter_shard(view, parameter)
     return _Bucket(parameters=parameters, flat=flat)
-
-
-def as_parameter_shard(shard: Tensor, parameter: Tensor) -> Tensor:
-    """Return `shard` in the form of `parameter`: itself, or as this rank's part of a DTensor."""
-    if not isinstance(parameter, DTensor):
-        return shard
-    return DTensor.from_local(
-        shard,
-        parameter.device_mesh,
-        parameter.placements,
-        run_check=False,
-        shape=parameter.shape,
-        stride=parameter.stride(),
-    )

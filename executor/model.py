@@ -12,8 +12,9 @@ import math
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
-from torch.distributed.tensor import DTensor
 
+from executor.halves import Linear, WeightHalf
+from executor.shards import local, shard_like
 from profiles.errors import UnsupportedError
 from profiles.model import ModelSpec, RopeScaling
 
@@ -66,10 +67,10 @@ class Attention(nn.Module):
         self.has_groups = spec.num_kv_heads < spec.num_heads
         q_width = spec.num_heads * spec.head_size
         kv_width = spec.num_kv_heads * spec.head_size
-        self.q_proj = nn.Linear(spec.hidden, q_width, bias=False)
-        self.k_proj = nn.Linear(spec.hidden, kv_width, bias=False)
-        self.v_proj = nn.Linear(spec.hidden, kv_width, bias=False)
-        self.o_proj = nn.Linear(q_width, spec.hidden, bias=False)
+        self.q_proj = Linear(spec.hidden, q_width)
+        self.k_proj = Linear(spec.hidden, kv_width)
+        self.v_proj = Linear(spec.hidden, kv_width)
+        self.o_proj = Linear(q_width, spec.hidden)
 
     def forward(self, x: Tensor, *, cos: Tensor, sin: Tensor) -> Tensor:
         """Return the attention's output [B, S, D] for `x` [B, S, D]."""
@@ -87,9 +88,9 @@ class Mlp(nn.Module):
 
     def __init__(self, spec: ModelSpec) -> None:
         super().__init__()
-        self.gate_proj = nn.Linear(spec.hidden, spec.ffn, bias=False)
-        self.up_proj = nn.Linear(spec.hidden, spec.ffn, bias=False)
-        self.down_proj = nn.Linear(spec.ffn, spec.hidden, bias=False)
+        self.gate_proj = Linear(spec.hidden, spec.ffn)
+        self.up_proj = Linear(spec.hidden, spec.ffn)
+        self.down_proj = Linear(spec.ffn, spec.hidden)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return the feed-forward output [B, S, D] for `x` [B, S, D]."""
@@ -115,6 +116,8 @@ class Layer(nn.Module):
 class LlamaStage(nn.Module):
     """The layers `layers` of a LLaMA, with the embedding if first and the LM head if last.
 
+    If `splits_backward`, backwards leave the gradients of linears in `weight_half`; a tied LM head
+    is no such linear, because its gradient and that of the embedding are one.
     Raises UnsupportedError for a model that is not LLaMA-like, and for tied embeddings that lie on
     two different stages.
     """
@@ -122,7 +125,14 @@ class LlamaStage(nn.Module):
     cos: Tensor
     sin: Tensor
 
-    def __init__(self, spec: ModelSpec, layers: range, is_first: bool, is_last: bool) -> None:
+    def __init__(
+        self,
+        spec: ModelSpec,
+        layers: range,
+        is_first: bool,
+        is_last: bool,
+        splits_backward: bool = False,
+    ) -> None:
         super().__init__()
         check_model(spec, is_cut=not (is_first and is_last))
         self.spec = spec
@@ -130,8 +140,13 @@ class LlamaStage(nn.Module):
         # Keys are the layer's number in the whole model, so that names do not depend on the cut.
         self.layers = nn.ModuleDict({str(number): Layer(spec) for number in layers})
         self.norm = nn.RMSNorm(spec.hidden, eps=spec.norm_eps) if is_last else None
-        self.lm_head = nn.Linear(spec.hidden, spec.vocab, bias=False) if is_last else None
+        self.lm_head = Linear(spec.hidden, spec.vocab) if is_last else None
         self.tie()
+        self.weight_half = WeightHalf()
+        for module in self.modules():
+            is_tied = module is self.lm_head and spec.tied_embeddings
+            if splits_backward and isinstance(module, Linear) and not is_tied:
+                module.half = self.weight_half
 
     def tie(self) -> None:
         """Make LM head and embedding one parameter again, if the model ties them."""
@@ -196,19 +211,3 @@ def check_model(spec: ModelSpec, is_cut: bool = False) -> None:
             f"model {spec.name}: tied_embeddings cannot be cut into pipeline stages, because the "
             "first and the last stage would share a parameter; use pp = 1"
         )
-
-
-def local(tensor: Tensor) -> Tensor:
-    """Return what this rank holds of `tensor`: the tensor itself, or the shard of a DTensor."""
-    return tensor.to_local() if isinstance(tensor, DTensor) else tensor
-
-
-def shard_like(full: Tensor, parameter: Tensor) -> Tensor:
-    """Return the part of `full` that this rank holds of `parameter`, which is cut evenly."""
-    if isinstance(parameter, DTensor):
-        mesh = parameter.device_mesh
-        for axis, placement in enumerate(parameter.placements):
-            if placement.is_shard():
-                dim: int = placement.dim  # type: ignore[attr-defined]
-                full = full.chunk(mesh.size(axis), dim)[mesh.get_local_rank(axis)]
-    return full

@@ -1,5 +1,7 @@
 """Layouts on real ranks: the device mesh, tensor parallelism, pipeline stages, gradient buckets."""
 
+from collections.abc import Sequence
+
 import torch
 import torch.distributed as dist
 import torch.nn.functional as F  # noqa: N812
@@ -15,8 +17,9 @@ from torch.distributed.tensor.parallel import (
 )
 
 from executor.gradients import GradientBuckets
-from executor.model import LlamaStage, local
+from executor.model import LlamaStage
 from executor.recipe import Recipe
+from executor.shards import local
 from planner.layout import Layout
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
@@ -42,15 +45,33 @@ def axis_group(mesh: DeviceMesh | None, axis: str) -> dist.ProcessGroup | None:
     return mesh[axis].get_group()
 
 
-def build_stage(
+def build_stages(
     recipe: Recipe, pp_index: int, mesh: DeviceMesh | None, device: torch.device
+) -> dict[int, LlamaStage]:
+    """Return this rank's shards of the stages of pipeline rank `pp_index`, by number, in order."""
+    homes = recipe.schedule.homes.tolist()
+    return {
+        stage: _build_stage(recipe, stage, mesh, device)
+        for stage, home in enumerate(homes)
+        if home == pp_index
+    }
+
+
+def _build_stage(
+    recipe: Recipe, number: int, mesh: DeviceMesh | None, device: torch.device
 ) -> LlamaStage:
-    """Return this rank's shard of pipeline stage `pp_index`, initialised from the recipe's seed."""
-    before = sum(recipe.layout.stage_layers[:pp_index])
-    layers = range(before, before + recipe.layout.stage_layers[pp_index])
+    """Return this rank's shard of stage `number`, initialised from the recipe's seed."""
+    layout = recipe.layout
+    before = sum(layout.stage_layers[:number])
     with torch.device("meta"):
-        stage = LlamaStage(recipe.model, layers, pp_index == 0, pp_index == recipe.layout.pp - 1)
-    if mesh is not None and recipe.layout.tp > 1:
+        stage = LlamaStage(
+            recipe.model,
+            range(before, before + layout.stage_layers[number]),
+            is_first=number == 0,
+            is_last=number == layout.num_stages - 1,
+            splits_backward=recipe.schedule.splits_backward,
+        )
+    if mesh is not None and layout.tp > 1:
         shard_tensors(stage, mesh["tp"])
     stage.materialise(recipe.seed, recipe.workload.seq_len, device, DTYPES[recipe.workload.dtype])
     return stage
@@ -114,14 +135,14 @@ class ShardedEmbedding(nn.Embedding):
 
 
 def bucket_gradients(
-    recipe: Recipe, stage: nn.Module, mesh: DeviceMesh | None
+    recipe: Recipe, stages: Sequence[LlamaStage], mesh: DeviceMesh | None
 ) -> GradientBuckets | None:
-    """Return the gradient buckets of `stage` as the recipe's stack wants them, None without dp."""
+    """Return the gradient buckets of `stages` as the recipe's stack wants them, None without dp."""
     group = axis_group(mesh, "dp")
     if group is None:
         return None
     return GradientBuckets(
-        list(stage.parameters()),
+        stages,
         group,
         num_backwards=recipe.layout.num_microbatches,
         bucket_bytes=recipe.stack.gradient_bucket_bytes,

@@ -1,7 +1,7 @@
 """The order of a step: the schedule on PyTorch's pipeline runtime, or a loop for one stage."""
 
 import tempfile
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from pathlib import Path
 from typing import Any, Protocol
@@ -18,7 +18,7 @@ from torch.distributed.tensor.parallel import loss_parallel
 from executor.model import LlamaStage
 from executor.recipe import Recipe
 from executor.recorder import Recorder
-from simulator.schedule import Action
+from simulator.schedule import Action, ActionKind
 
 
 class Runner(Protocol):
@@ -43,12 +43,18 @@ def token_loss(logits: Tensor, targets: Tensor, num_tokens: int) -> Tensor:
 
 
 def make_runner(
-    recipe: Recipe, stage: LlamaStage, pp_index: int, group: ProcessGroup | None, recorder: Recorder
+    recipe: Recipe,
+    stages: Mapping[int, LlamaStage],
+    group: ProcessGroup | None,
+    recorder: Recorder,
 ) -> Runner:
-    """Return what runs `recipe` on this rank; `group` holds the ranks of one pipeline, if any."""
+    """Return what runs `recipe` on this rank, which has `stages`.
+
+    `group` holds the ranks of one pipeline, if there are several.
+    """
     if group is None:
-        return LoopRunner(recipe, stage, recorder)
-    return PipelineRunner(recipe, stage, pp_index, group, recorder)
+        return LoopRunner(recipe, stages[0], recorder)
+    return PipelineRunner(recipe, stages, group, recorder)
 
 
 def _sharded_loss(tp: int) -> AbstractContextManager[Any]:
@@ -70,20 +76,25 @@ class LoopRunner:
         inputs = torch.split(tokens, self._layout.micro_batch)
         labels = torch.split(targets, self._layout.micro_batch)
         losses: dict[int, Tensor] = {}
+        weight_halves: dict[int, Callable[[], None]] = {}
         total = torch.zeros((), device=tokens.device)
         with _sharded_loss(self._layout.tp):
-            for _, kind, index in self._actions:
-                start = recorder.mark()
-                if kind == "F":
+            for action in self._actions:
+                index, start = action.microbatch, recorder.mark()
+                if action.kind == "F":
                     logits = self._stage(inputs[index])
                     losses[index] = token_loss(logits, labels[index], self._num_tokens)
                     del logits  # backward frees it in time only if nobody else holds it
-                    recorder.add("forward", start, 0, index)
-                else:
+                    recorder.add("forward", start, action)
+                    continue
+                if action.kind in "BI":
                     loss = losses.pop(index)
                     loss.backward()  # type: ignore[no-untyped-call]
                     total += loss.detach()
-                    recorder.add("backward", start, 0, index)
+                    weight_halves[index] = self._stage.weight_half.take()
+                if action.kind in "BW":
+                    weight_halves.pop(index)()
+                recorder.add("backward", start, action)
         return total
 
 
@@ -96,34 +107,46 @@ class _TimedStage(PipelineStage):
         """Run one forward; the first argument is the micro-batch."""
         start = self.recorder.mark()
         output = super().forward_one_chunk(*args, **kwargs)
-        self.recorder.add("forward", start, self.stage_index, args[0])
+        self.recorder.add("forward", start, Action(self.stage_index, "F", args[0]))
         return output
 
-    def backward_one_chunk(self, *args: Any, **kwargs: Any) -> Any:
-        """Run one backward; the first argument is the micro-batch."""
+    def backward_one_chunk(self, *args: Any, full_backward: bool = True, **kwargs: Any) -> Any:
+        """Run one backward, or its input half; the first argument is the micro-batch."""
         start = self.recorder.mark()
-        super().backward_one_chunk(*args, **kwargs)
-        self.recorder.add("backward", start, self.stage_index, args[0])
+        super().backward_one_chunk(*args, full_backward=full_backward, **kwargs)
+        kind: ActionKind = "B" if full_backward else "I"
+        self.recorder.add("backward", start, Action(self.stage_index, kind, args[0]))
+
+    def backward_weight_one_chunk(self, *args: Any, **kwargs: Any) -> Any:
+        """Run the weight half of one backward; the first argument is the micro-batch."""
+        start = self.recorder.mark()
+        super().backward_weight_one_chunk(*args, **kwargs)
+        self.recorder.add("backward", start, Action(self.stage_index, "W", args[0]))
 
 
 class PipelineRunner:
-    """Several stages: PyTorch's pipeline runtime, fed with the text of the recipe's schedule."""
+    """Several ranks: PyTorch's pipeline runtime, fed with the text of the recipe's schedule.
+
+    The runtime reads from the text which rank has which stage, and passes what a stage makes on to
+    the next one without a message where both are on one rank.
+    """
 
     def __init__(
         self,
         recipe: Recipe,
-        stage: LlamaStage,
-        pp_index: int,
+        stages: Mapping[int, LlamaStage],
         group: ProcessGroup,
         recorder: Recorder,
     ) -> None:
         self._layout, self._recorder = recipe.layout, recorder
         self._num_tokens = recipe.workload.tokens_per_step
-        self._is_first, self._is_last = pp_index == 0, pp_index == recipe.layout.pp - 1
-        timed = _timed_stage(recipe, stage, pp_index, group)
-        timed.recorder = recorder
+        timed = [_timed_stage(recipe, number, stage, group) for number, stage in stages.items()]
+        for stage in timed:
+            stage.recorder = recorder
+        self._has_first = any(stage.is_first for stage in timed)
+        self._has_last = any(stage.is_last for stage in timed)
         self._runtime = _PipelineScheduleRuntime(  # type: ignore[no-untyped-call]
-            [timed], recipe.layout.num_microbatches, loss_fn=self._loss, scale_grads=False
+            timed, recipe.layout.num_microbatches, loss_fn=self._loss, scale_grads=False
         )
         with tempfile.TemporaryDirectory(prefix="layline-schedule-") as folder:
             path = Path(folder, "schedule.csv")
@@ -136,12 +159,12 @@ class PipelineRunner:
         return loss
 
     def run(self, tokens: Tensor, targets: Tensor) -> Tensor:
-        """Return this rank's part of the loss, 0 before the last stage (see `Runner`)."""
+        """Return this rank's part of the loss, 0 without the last stage (see `Runner`)."""
         losses: list[Tensor] = []
         with _sharded_loss(self._layout.tp):
             self._runtime.step(
-                *((tokens,) if self._is_first else ()),
-                target=targets if self._is_last else None,
+                *((tokens,) if self._has_first else ()),
+                target=targets if self._has_last else None,
                 losses=losses,
                 return_outputs=False,
             )
@@ -151,7 +174,7 @@ class PipelineRunner:
 
 
 def _timed_stage(
-    recipe: Recipe, stage: LlamaStage, pp_index: int, group: ProcessGroup
+    recipe: Recipe, number: int, stage: LlamaStage, group: ProcessGroup
 ) -> _TimedStage:
     """Return the pipeline stage with the shapes of its messages, which need not be exchanged."""
     model, layout = recipe.model, recipe.layout
@@ -166,10 +189,11 @@ def _timed_stage(
     )
     return _TimedStage(
         stage,
-        pp_index,
-        layout.pp,
+        number,
+        layout.num_stages,
         stage.cos.device,
-        input_args=ids if pp_index == 0 else hidden,
-        output_args=logits if pp_index == layout.pp - 1 else hidden,
+        input_args=ids if number == 0 else hidden,
+        output_args=logits if number == layout.num_stages - 1 else hidden,
         group=group,
+        dw_builder=stage.weight_half.take,
     )

@@ -6,33 +6,33 @@ from typing import cast, get_args
 
 import torch
 
+from simulator.schedule import Action
 from simulator.timeline import Kind, Span
 
 KINDS: tuple[Kind, ...] = get_args(Kind)
-_LETTERS: dict[Kind, str] = {"forward": "F", "backward": "B"}
 
 Mark = int | torch.cuda.Event
 """A moment: nanoseconds of the host's monotonic clock, or an event on the current CUDA stream."""
 
 
+_Marked = tuple[Kind, Action | None, Mark, Mark]
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Piece:
-    """One piece of work; times in ns from the start of the step; -1 where there is no stage."""
+    """One piece of work, if part of the schedule with its action; in ns from the step's start."""
 
     kind: Kind
-    stage: int
-    microbatch: int
+    action: Action | None
     start_ns: int
     end_ns: int
 
     def span(self, rank: int, offset_ns: int) -> Span:
         """Return the piece as a span of `rank`, moved by `offset_ns`."""
-        letter = _LETTERS.get(self.kind)
-        name = f"{self.stage}{letter}{self.microbatch}" if letter else self.kind
         return Span(
             rank=rank,
             stream="compute",
-            name=name,
+            name=str(self.action or self.kind),
             kind=self.kind,
             start_ns=self.start_ns + offset_ns,
             end_ns=self.end_ns + offset_ns,
@@ -66,8 +66,8 @@ class Recorder:
         self._is_cuda = device.type == "cuda"
         self._start: Mark = 0
         self._host_ns = 0
-        self._pieces: list[tuple[Kind, int, int, Mark, Mark]] = []
-        self._done: tuple[int, Mark, Mark, list[tuple[Kind, int, int, Mark, Mark]]] | None = None
+        self._pieces: list[_Marked] = []
+        self._done: tuple[int, Mark, Mark, list[_Marked]] | None = None
 
     def mark(self) -> Mark:
         """Return this moment."""
@@ -77,14 +77,14 @@ class Recorder:
         event.record()
         return event
 
-    def add(self, kind: Kind, start: Mark, stage: int = -1, microbatch: int = -1) -> None:
+    def add(self, kind: Kind, start: Mark, action: Action | None = None) -> None:
         """Note a piece of work that began at `start` and has ended now."""
-        self._pieces.append((kind, stage, microbatch, start, self.mark()))
+        self._pieces.append((kind, action, start, self.mark()))
 
     def extend(self) -> None:
         """Let the last piece end now."""
-        kind, stage, microbatch, start, _ = self._pieces[-1]
-        self._pieces[-1] = (kind, stage, microbatch, start, self.mark())
+        kind, action, start, _ = self._pieces[-1]
+        self._pieces[-1] = (kind, action, start, self.mark())
 
     def begin(self) -> None:
         """Start the clock of a step that follows on nothing: the first, or one after a barrier."""
@@ -108,12 +108,11 @@ class Recorder:
             pieces=tuple(
                 Piece(
                     kind=kind,
-                    stage=stage,
-                    microbatch=microbatch,
+                    action=action,
                     start_ns=_between_ns(start, first),
                     end_ns=_between_ns(start, last),
                 )
-                for kind, stage, microbatch, first, last in pieces
+                for kind, action, first, last in pieces
             ),
         )
 

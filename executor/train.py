@@ -5,7 +5,7 @@ import json
 import os
 import platform
 import statistics
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
@@ -19,25 +19,28 @@ from torch import Tensor, nn
 
 from executor.data import SampleOrder, TokenStream, check_stream, sample_numbers
 from executor.memory import MemoryMeter
-from executor.model import LlamaStage, local
-from executor.parallel import axis_group, bucket_gradients, build_stage, make_mesh
+from executor.model import LlamaStage
+from executor.parallel import axis_group, bucket_gradients, build_stages, make_mesh
 from executor.pipeline import make_runner
 from executor.recipe import Recipe, recipe_of
 from executor.recorder import KINDS, Piece, Recorder, StepTrace
+from executor.shards import local
 from planner.plan import Plan
 from planner.record import RECORD_SCHEMA_VERSION, RankMemory, RunRecord, StepRecord
 from profiles.files import canonical_json, plain, write_text
+from simulator.schedule import KINDS as ACTION_KINDS
+from simulator.schedule import Action, decode, encode
 from simulator.timeline import Timeline
 
 MAX_WARMUP_STEPS = 5
 MAX_TRACED_STEPS = 3
 """The last steps start together, behind a barrier; the one of median length is the timeline."""
 
-GradientHook = Callable[[LlamaStage], None]
+GradientHook = Callable[[Sequence[LlamaStage]], None]
 
 
 class Trainer:
-    """The state of one rank: its stage, optimizer, share of the data, and the schedule it runs.
+    """The state of one rank: its stages, optimizer, share of the data, the schedule it runs.
 
     What a step does is noted in `recorder`. Data, forward, backward and optimizer are noted as
     they are. `all_reduce` is what remains of the data-parallel reduction after the last backward,
@@ -54,13 +57,12 @@ class Trainer:
         self.place = recipe.layout.place(rank)
         self.recorder = Recorder(device)
         mesh = make_mesh(recipe.layout, device)
-        self.stage = build_stage(recipe, self.place.pp, mesh, device)
-        self._buckets = bucket_gradients(recipe, self.stage, mesh)
-        self._runner = make_runner(
-            recipe, self.stage, self.place.pp, axis_group(mesh, "pp"), self.recorder
-        )
+        stages = build_stages(recipe, self.place.pp, mesh, device)
+        self.stages = tuple(stages.values())
+        self._buckets = bucket_gradients(recipe, self.stages, mesh)
+        self._runner = make_runner(recipe, stages, axis_group(mesh, "pp"), self.recorder)
         self._order = SampleOrder(stream, recipe.workload.seq_len, recipe.seed)
-        self._parameters = list(self.stage.parameters())
+        self._parameters = [p for stage in self.stages for p in stage.parameters()]
         # The optimizer sees the plain shards: its update is element-wise, and DTensor's dispatch
         # would cost more than the update of a small one.
         self._shards = [nn.Parameter(local(parameter).detach()) for parameter in self._parameters]
@@ -85,7 +87,7 @@ class Trainer:
             self._buckets.reduce()
             recorder.add("all_reduce", start)
         if on_gradients is not None:
-            on_gradients(self.stage)
+            on_gradients(self.stages)
         start = recorder.mark()
         self._update()
         recorder.add("optimizer", start)
@@ -150,7 +152,7 @@ def train(
 
     Rank 0 writes `steps.jsonl` in `directory` as the run goes, a step late and with its own times,
     and `record.json` at the end, with those of the slowest rank. `reference` returns the slowdown
-    of this machine now; it is asked before and after. `on_gradients` is called with the stage in
+    of this machine now; it is asked before and after. `on_gradients` is called with the stages in
     the first step, when the gradients are complete.
     """
     started_at = datetime.now(UTC).isoformat(timespec="seconds")
@@ -299,18 +301,18 @@ def _timeline(trace: StepTrace, peaks: "np.ndarray[tuple[int, ...], np.dtype[np.
               device: torch.device) -> Timeline:  # fmt: skip
     """Return the spans of all ranks in the traced step, from the start of the first rank."""
     rows = [
-        (KINDS.index(piece.kind), piece.stage, piece.microbatch, piece.start_ns, piece.end_ns)
+        (KINDS.index(piece.kind), _packed(piece.action), piece.start_ns, piece.end_ns)
         for piece in trace.pieces
     ]
     heads = _all_gather(np.array([trace.start_ns, len(rows)]), device)
-    table = np.zeros((int(heads[:, 1].max()), 5), dtype=np.int64)
+    table = np.zeros((int(heads[:, 1].max()), 4), dtype=np.int64)
     table[: len(rows)] = rows
     spans = [
-        Piece(
-            kind=KINDS[kind], stage=stage, microbatch=microbatch, start_ns=start, end_ns=end
-        ).span(rank, int(heads[rank, 0] - heads[:, 0].min()))
+        Piece(kind=KINDS[kind], action=_unpacked(code), start_ns=start, end_ns=end).span(
+            rank, int(heads[rank, 0] - heads[:, 0].min())
+        )
         for rank, part in enumerate(_all_gather(table, device).tolist())
-        for kind, stage, microbatch, start, end in part[: heads[rank, 1]]
+        for kind, code, start, end in part[: heads[rank, 1]]
     ]
     spans.sort(key=lambda span: (span.start_ns, span.rank, span.end_ns))
     return Timeline(
@@ -318,6 +320,17 @@ def _timeline(trace: StepTrace, peaks: "np.ndarray[tuple[int, ...], np.dtype[np.
         spans=tuple(spans),
         peak_bytes={rank: int(peak) for rank, peak in enumerate(peaks)},
     )
+
+
+def _packed(action: Action | None) -> int:
+    """Return the action as one number, -1 for none."""
+    if action is None:
+        return -1
+    return int(encode(ACTION_KINDS.index(action.kind), action.stage, action.microbatch))
+
+
+def _unpacked(code: int) -> Action | None:
+    return None if code < 0 else decode(np.array([code]))[0]
 
 
 def _all_gather(

@@ -193,10 +193,18 @@ def report(inputs: tuple[Path, ...], output: Path) -> None:
 
 
 @main.command()
-@click.argument("what", type=click.Choice(["executor"]))
+@click.argument("what", type=click.Choice(["engines", "executor"]))
 @as_json
-def bench(what: str, as_json: bool) -> None:  # noqa: ARG001  (one choice so far)
+def bench(what: str, as_json: bool) -> None:
     """Measure the project's own speed beside a yardstick in the same run."""
+    if what == "engines":
+        from layline.show import progress_bar
+        from planner.bench import bench_engines, figures_text
+
+        with progress_bar("bench") as progress:
+            measured = bench_engines(progress)
+        _print({"figures": measured}, figures_text(measured), as_json)
+        return
     from layline.walk import require_torch
 
     require_torch("bench")

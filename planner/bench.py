@@ -4,13 +4,14 @@ A task is an action or a message. Rates are of processor time, medians of severa
 timed is the engine as a search calls it, checks included, unless a row says otherwise.
 """
 
+import multiprocessing
 import os
 import resource
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from functools import partial
 from statistics import median
@@ -22,6 +23,7 @@ from planner.parameter_server import server_graph
 from planner.schedules import SCHEDULES
 from simulator.engine import simulate, step_ns
 from simulator.event_kernels import run
+from simulator.fabric import star
 from simulator.fold import folded_step
 from simulator.graph import Crossing, OpCosts, TaskGraph
 from simulator.jitter import Jitter
@@ -74,16 +76,14 @@ def bench_engines(on_progress: Callable[[float, str], None] = lambda *_: None) -
     return [*figures, ratio]
 
 
-def bench_text(figures: Sequence[Figure]) -> str:
+def figures_text(figures: Sequence[Figure]) -> str:
     """Return the figures as a table."""
     lines = [f"{'':52} {'measured':>12} {'goal':>12}"]
     for figure in figures:
         sign = "<=" if figure.is_better_low else ">="
         goal = f"{sign} {figure.goal:,.6g}" if figure.goal else "yardstick"
         mark = "" if not figure.goal or figure.reaches_goal else "  missed"
-        lines.append(
-            f"{figure.name:52} {figure.value:>12,.4g} {goal:>12} {figure.unit}{mark}"
-        )
+        lines.append(f"{figure.name:52} {figure.value:>12,.4g} {goal:>12} {figure.unit}{mark}")
     return "\n".join(lines)
 
 
@@ -140,13 +140,12 @@ def _yardsticks() -> list[Figure]:
 
 def _weighted(graph: TaskGraph, costs: OpCosts) -> "nx.DiGraph[int]":
     """Return `graph` with what each op takes on the edges that lead to it, streams included."""
-    edges, last = nx.DiGraph(), {}
+    edges: nx.DiGraph[int] = nx.DiGraph()
+    last: dict[int, int] = {}
     for op_id in range(len(graph)):
         stream = int(graph.stream[op_id])
         sources = [*graph.deps_of(op_id).tolist(), *([last[stream]] if stream in last else [])]
-        edges.add_weighted_edges_from(
-            (source, op_id, int(costs.ns[op_id])) for source in sources
-        )
+        edges.add_weighted_edges_from((source, op_id, int(costs.ns[op_id])) for source in sources)
         last[stream] = op_id
     return edges
 
@@ -202,34 +201,32 @@ def _large_step() -> list[Figure]:
 
 
 def _search() -> list[Figure]:
-    """Measure whole candidates: order built and checked, times made, step walked; by the clock."""
-    families = (SCHEDULES["1f1b"], 1), (SCHEDULES["interleaved"], 4)
-    rng = np.random.default_rng(1)
-    forwards = rng.integers(100_000, 150_000, (400, 64))
-
-    def candidate(number: int) -> int:
-        family, v = families[number % 2]
-        schedule = family.build(16, 64, v)
-        forward = forwards[number % len(forwards), : 16 * v]
-        times = step_times(16 * v, forward=forward, backward=2 * forward, send_forward=9_000)
-        return walk_step(schedule, times).makespan_ns
-
-    num_threads = os.cpu_count() or 1
-    with ThreadPoolExecutor(num_threads) as pool:
+    """Measure candidates by the clock, a process a core: order built and checked, step walked."""
+    num_processes, num_candidates = os.cpu_count() or 1, 2000
+    # Spawned, since a fork of a process with threads may hang.
+    with ProcessPoolExecutor(num_processes, multiprocessing.get_context("spawn")) as pool:
+        list(pool.map(_candidate, range(100 * num_processes), chunksize=50))
         rates = []
         for _ in range(_ROUNDS):
             start = time.perf_counter()
-            list(pool.map(candidate, range(1000)))
-            rates.append(60 * 1000 / (time.perf_counter() - start))
-    name = f"1F1B and interleaved v=4, p=16 m=64, {num_threads} threads"
+            list(pool.map(_candidate, range(num_candidates), chunksize=50))
+            rates.append(60 * num_candidates / (time.perf_counter() - start))
+    name = f"1F1B and interleaved v=4, p=16 m=64, {num_processes} cores"
     return [Figure(name=name, value=median(rates), unit="schedules/min", goal=100_000)]
+
+
+def _candidate(number: int) -> int:
+    """Return the step of one candidate of a search, from nothing; every other is interleaved."""
+    name, v = (("1f1b", 1), ("interleaved", 4))[number % 2]
+    schedule = SCHEDULES[name].build(16, 64, v)
+    forward = 100_000 + (number * np.arange(16 * v)) % 50_000
+    times = step_times(16 * v, forward=forward, backward=2 * forward, send_forward=9_000)
+    return walk_step(schedule, times).makespan_ns
 
 
 def _event_loop() -> list[Figure]:
     pipeline = shared_pipeline()
-    servers = server_graph(
-        num_workers=32, num_servers=8, num_steps=20, mode="asp",
-    )  # fmt: skip
+    servers = async_servers()
     figures = []
     for name, (graph, costs, links), goal in (
         ("event loop, 1F1B p=16 m=64, 8 replicas folded", pipeline, 5.0),
@@ -270,9 +267,26 @@ def shared_pipeline() -> tuple[TaskGraph, OpCosts, list[Link]]:
     )
     links = [Link(name=f"nic {i % num_ranks}", bytes_per_s=50e9) for i in range(2 * num_ranks)]
     # Messages of 16 MiB, which the 8 replicas of a stage send at once.
-    return shared, OpCosts(
-        ns=np.where(is_message, 5_000, 40 * costs.ns), size_bytes=np.where(is_message, 1 << 24, 0)
-    ), links
+    return (
+        shared,
+        OpCosts(
+            ns=np.where(is_message, 5_000, 40 * costs.ns),
+            size_bytes=np.where(is_message, 1 << 24, 0),
+        ),
+        links,
+    )
+
+
+def async_servers() -> tuple[TaskGraph, OpCosts, tuple[Link, ...]]:
+    """Return 20 steps of 32 workers of unequal speed and 8 servers, a NIC each, without a bound."""
+    num_workers, num_servers = 32, 8
+    speeds = np.random.default_rng(0).integers(60, 90, num_workers)
+    served = server_graph(
+        star([12.5e9] * (num_workers + num_servers)), num_steps=20, staleness=None,
+        compute_ns=speeds * 1_000_000, update_ns=[300_000] * num_servers, latency_ns=5_000,
+        push_bytes=[16 << 20] * num_servers, pull_bytes=[16 << 20] * num_servers,
+    )  # fmt: skip
+    return served.graph, served.costs, served.links
 
 
 def _start_up() -> list[Figure]:

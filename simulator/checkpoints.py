@@ -133,10 +133,11 @@ class Progress:
         self.stall_ns += end_ns - now_ns
 
     def _skip_cycles(self, now_ns: int, end_ns: int, pace_ns: int) -> int:
-        """Pass all whole cycles that fit before `end_ns`; returns the moment reached."""
+        """Pass all whole cycles that fit before `end_ns`; returns the moment reached.
+
+        Work stands at a snapshot: at a multiple of a cycle's, or at its end with no room left.
+        """
         cycle_ns, cycle_work_ns = self._cycle_ns(self._steps, pace_ns), self._steps * self._step_ns
-        if self.work_ns % cycle_work_ns:
-            return now_ns
         room_ns = self._end_ns - self.work_ns
         num_cycles = min((end_ns - now_ns) // cycle_ns, room_ns // cycle_work_ns)
         if num_cycles:

@@ -2,7 +2,6 @@
 
 from collections.abc import Sequence
 
-import networkx as nx
 import numpy as np
 
 from simulator.checks import Int64
@@ -34,6 +33,8 @@ def deadlock(graph: TaskGraph, starts_ns: Int64) -> DeadlockError:
     is the head of its stream or stands behind it; following these arrows leads into a ring. Any op
     of a queue may be its next, so each of them counts as a head.
     """
+    import networkx as nx  # a fifth of a second that only an error is worth
+
     left = np.flatnonzero(starts_ns < 0)
     heads: dict[int, int] = {}
     for op_id in left.tolist():

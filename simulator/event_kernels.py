@@ -24,12 +24,14 @@ ROUNDING = 1.0 - 1e-12
 """Predicted ends are rounded up to whole ns; this keeps an end that is whole from going one up."""
 
 OP = np.dtype(
-    [("ns", np.int64), ("size_bytes", np.int64), ("start_ns", np.int64), ("end_ns", np.int64),
-     ("slot", np.int32), ("next_op", np.int32), ("waiting", np.int32),
-     ("first_follower", np.int32), ("path", np.int32), ("meet", np.int32)], align=True,
+    [("ns", np.int64), ("start_ns", np.int64), ("end_ns", np.int64), ("slot", np.int32),
+     ("next_op", np.int32), ("waiting", np.int32), ("first_follower", np.int32),
+     ("path", np.int32), ("meet", np.int32)], align=True,
 )  # fmt: skip
 """One op: `waiting` counts what it still waits for; its followers stand from `first_follower` up
-to that of the next op. While an op queues, `end_ns` is the time since which it has been ready.
+to that of the next op. A search holds millions of these, so places are used twice: until an op
+ends, `end_ns` holds the bytes that it has to move, and while it queues, `start_ns` the time since
+which it has been ready.
 """
 SLOT = np.dtype(
     [("due_ns", np.int64), ("since_ns", np.int64), ("left", np.float64), ("rate", np.float64),
@@ -109,8 +111,8 @@ def run(
             if slots[slot].end_crossing > slots[slot].first_crossing:
                 if slots[slot].is_flowing:
                     leave_links(slots, links, flows, dirty, crossings, counts, slot)
-                elif ops[slots[slot].op].size_bytes > 0:
-                    size_bytes = ops[slots[slot].op].size_bytes
+                elif ops[slots[slot].op].end_ns > 0:
+                    size_bytes = ops[slots[slot].op].end_ns
                     enter_links(
                         slots, heap, links, flows, dirty, crossings, counts, slot, size_bytes, now
                     )
@@ -225,7 +227,7 @@ def gather_or_queue(
                 agenda[counts[AGENDA]] = ~members[place]
                 counts[AGENDA] += 1
         return
-    ops[op].end_ns = now
+    ops[op].start_ns = now
     enqueue(ops, queues, slots[slot].first_queued, slots[slot].num_queued, op)
     slots[slot].num_queued += 1
     mark_queue(slots, marked, counts, slot)
@@ -288,7 +290,7 @@ def dequeue(ops: Table, queues: Int32, base: int, length: int) -> int:
 @compiled
 def comes_first(ops: Table, op: int, other: int) -> bool:
     """Return whether a queue serves `op` before `other`."""
-    a, b = ops[op].end_ns, ops[other].end_ns
+    a, b = ops[op].start_ns, ops[other].start_ns
     return a < b or (a == b and op < other)
 
 

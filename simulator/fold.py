@@ -22,8 +22,8 @@ from simulator.schedule import MICROBATCH_SHIFT, Schedule
 from simulator.step import Convention, StepTimes, dataflow
 from simulator.walk import walk_step
 
-MAX_CYCLE_PER_RANK = 1
-"""Blocks of a cycle, a rank: the cyclicity of a 1F1B pipeline is at most its number of ranks."""
+WORTH = 16
+"""A certificate costs as much as walking about so many times its own micro-batches."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -53,7 +53,7 @@ def folded_step(
     """
     m = num_microbatches
     num_walked = steady_from + 4 * period
-    while period and num_walked < m // 2:
+    while period and num_walked * WORTH <= m:
         # As many beyond whole blocks as the long step has.
         short = num_walked + (m - num_walked) % period
         found = _certify(build(short), period, times, lane, convention)
@@ -88,7 +88,8 @@ def _certify(
         ],
         axis=1,
     )
-    for cycle in range(1, MAX_CYCLE_PER_RANK * schedule.num_ranks + 1):
+    # The cyclicity of a 1F1B pipeline is at most its number of ranks.
+    for cycle in range(1, schedule.num_ranks + 1):
         shifts = rows[cycle:] - rows[:-cycle]
         is_level = shifts.min(axis=1) == shifts.max(axis=1)
         levels = shifts[:, 0]

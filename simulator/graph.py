@@ -202,7 +202,9 @@ def _check(graph: TaskGraph) -> None:
     is_queue = np.array([stream.is_queue for stream in graph.streams], np.bool_)
     queued = np.flatnonzero((graph.meet >= 0) & is_queue[graph.stream])
     if len(queued):
-        raise ValueError(f"op {graph.label(int(queued[0]))} queues and meets; it can do one of both")
+        raise ValueError(
+            f"op {graph.label(int(queued[0]))} queues and meets; it can do one of both"
+        )
     for place, path in enumerate(graph.paths):
         crossed = [crossing.link for crossing in path]
         if not path or min(crossed) < 0 or len(set(crossed)) < len(path):

@@ -36,11 +36,11 @@ def run_loop(
     tables = prepare(wire(graph), costs, links, changes)
     run(*tables)
     ops = tables.ops[:-1]
+    if unfinished := sorted(op_id for op_id in tables.slots["op"].tolist() if op_id >= 0):
+        raise stalled(graph, unfinished)
     starts, ends = ops["start_ns"].copy(), ops["end_ns"].copy()
     if (starts < 0).any():
         raise deadlock(graph, starts)
-    if len(unfinished := np.flatnonzero(ends < 0)):
-        raise stalled(graph, unfinished.tolist())
     return starts, ends
 
 
@@ -121,7 +121,7 @@ def prepare(
 ) -> Tables:
     """Return fresh tables for one run of the compiled loop."""
     ops, slots = wiring.ops.copy(), wiring.slots.copy()
-    ops["ns"][:-1], ops["size_bytes"][:-1] = costs.ns, costs.size_bytes
+    ops["ns"][:-1], ops["end_ns"][:-1] = costs.ns, costs.size_bytes
     table = _table(LINK, len(links))
     table["capacity"] = [link.bytes_per_s / 1e9 for link in links]
     table["first_flow"] = np.resize(wiring.first_flow, len(links))
@@ -157,7 +157,7 @@ def _ops(graph: TaskGraph, meet: Int32) -> tuple[Table, Int32]:
     order = np.argsort(graph.stream, kind="stable")
     follows = (np.diff(graph.stream[order]) == 0) & ~is_queue[graph.stream[order[1:]]]
     ops = _table(OP, num_ops + 1)
-    for field in ("start_ns", "end_ns", "next_op", "path", "meet"):
+    for field in ("start_ns", "next_op", "path", "meet"):
         ops[field] = -1
     ops["slot"][:-1], ops["path"][:-1], ops["meet"][:-1] = graph.stream, graph.path, meet
     ops["next_op"][order[:-1][follows]] = order[1:][follows]

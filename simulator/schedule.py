@@ -198,9 +198,10 @@ def _homes(name: str, num_stages: int, codes: Codes, offsets: Codes) -> npt.NDAr
     ranks = np.repeat(np.arange(len(offsets) - 1, dtype=np.int32), np.diff(offsets))
     homes = np.full(num_stages, -1, np.int32)
     homes[stages] = ranks
-    astray = np.flatnonzero(homes[stages] != ranks)
-    if len(astray):
-        stage, rank = int(stages[astray[0]]), int(ranks[astray[0]])
+    is_astray = homes[stages] != ranks
+    if is_astray.any():
+        place = int(is_astray.argmax())
+        stage, rank = int(stages[place]), int(ranks[place])
         raise ValueError(
             f"schedule {name}: stage {stage} is on rank {rank} and on rank {homes[stage]}; "
             "a stage has one home"
@@ -209,40 +210,44 @@ def _homes(name: str, num_stages: int, codes: Codes, offsets: Codes) -> npt.NDAr
 
 
 def _check_complete(name: str, num_stages: int, num_microbatches: int, codes: Codes) -> None:
-    """Raise ValueError unless every stage does F and B, or F, I and W, once each micro-batch."""
-    stages, microbatches = (codes >> STAGE_SHIFT) & STAGE_MASK, codes >> MICROBATCH_SHIFT
+    """Raise ValueError unless every stage does F and B, or F, I and W, once each micro-batch.
+
+    And in that order: all of a cell stand on one rank, so their places tell who comes first.
+    """
+    microbatches = codes >> MICROBATCH_SHIFT
     if len(codes) and int(microbatches.max()) >= num_microbatches:
         limit = f"{num_microbatches} micro-batches"
         raise _outside(name, codes, int(microbatches.argmax()), limit)
-    cells = ((stages * num_microbatches + microbatches) << 2) | (codes & 3)
-    counts = np.bincount(cells, minlength=4 * num_stages * num_microbatches).reshape(-1, 4)
-    f, b, i, w = counts.T
-    is_good = (f == 1) & (b + i == 1) & (i == w)
-    if not is_good.all():
-        cell = int(np.argmin(is_good))
-        stage, microbatch = divmod(cell, num_microbatches)
-        kinds = "".join(kind * int(n) for kind, n in sorted(zip(KINDS, counts[cell], strict=True)))
-        raise ValueError(
-            f"schedule {name}: stage {stage} has {kinds or 'nothing'} for "
-            f"micro-batch {microbatch}; it needs F and B, or F, I and W, once each"
-        )
-    _check_order(name, codes, cells)
-
-
-def _check_order(name: str, codes: Codes, cells: Codes) -> None:
-    """Raise ValueError where a backward stands before its forward, or a W before its I.
-
-    A cell of which all actions are there has them on one rank, so their places tell their order.
-    """
-    places = np.empty(int(cells.max(initial=0)) + 4, np.int64)
+    num_cells = num_stages * num_microbatches
+    cells = ((codes >> STAGE_SHIFT) & STAGE_MASK) * num_microbatches + microbatches
+    cells += (codes & 3) * num_cells
+    places = np.full(len(KINDS) * num_cells, -1, np.int64)
     places[cells] = np.arange(len(codes))
-    kind = codes & 3
-    needed = np.where(kind == W, cells - W + I, cells - kind)
-    early = np.flatnonzero(places[needed] > np.arange(len(codes)))
-    if len(early):
-        action = decode(codes[early[:1]])[0]
-        other = action._replace(kind="I" if action.kind == "W" else "F")
-        raise ValueError(f"schedule {name}: {action} stands before {other}, which it needs")
+    places = places.reshape(len(KINDS), num_cells)
+    f, b, i, w = places
+    is_good = (f >= 0) & ((b > f) ^ ((i > f) & (w > i)))
+    if is_good.all() and np.count_nonzero(places >= 0) == len(codes):
+        return
+    counts = np.bincount(cells, minlength=places.size).reshape(places.shape)
+    is_whole = (counts[F] == 1) & (counts[B] + counts[I] == 1) & (counts[I] == counts[W])
+    cell = int(np.argmin(is_good if is_whole.all() else is_whole))
+    stage, microbatch = divmod(cell, num_microbatches)
+    if is_whole.all():
+        raise _unordered(name, codes, *places[:, cell].tolist())
+    kinds = "".join(
+        kind * int(n) for kind, n in sorted(zip(KINDS, counts[:, cell].tolist(), strict=True))
+    )
+    raise ValueError(
+        f"schedule {name}: stage {stage} has {kinds or 'nothing'} for "
+        f"micro-batch {microbatch}; it needs F and B, or F, I and W, once each"
+    )
+
+
+def _unordered(name: str, codes: Codes, f: int, b: int, i: int, w: int) -> ValueError:
+    """Return the error for one cell whose actions stand at these places, -1 for none."""
+    early, needed = (w, i) if i > f else (max(b, i), f)
+    action, other = (decode(codes[place : place + 1])[0] for place in (early, needed))
+    return ValueError(f"schedule {name}: {action} stands before {other}, which it needs")
 
 
 def _outside(name: str, codes: Codes, place: int, limit: str) -> ValueError:

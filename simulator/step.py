@@ -27,7 +27,17 @@ import numpy.typing as npt
 from simulator.checks import Int64, whole_numbers
 from simulator.graph import KINDS, Int32, OpCosts, Stream, TaskGraph
 from simulator.jitter import Jitter
-from simulator.schedule import MICROBATCH_SHIFT, STAGE_MASK, STAGE_SHIFT, F, Schedule, W, decode
+from simulator.schedule import (
+    MICROBATCH_SHIFT,
+    STAGE_MASK,
+    STAGE_SHIFT,
+    B,
+    F,
+    I,
+    Schedule,
+    W,
+    decode,
+)
 from simulator.timeline import Kind
 
 Convention = Literal["eager", "rendezvous"]
@@ -95,37 +105,36 @@ def step_times(
     >>> times.ns[:, 1, 0].tolist(), times.after
     ([12, 20, 12, 8, 0, 0, 5], ('optimizer',))
     """
-    given: list[tuple[str, npt.ArrayLike]] = [
-        ("forward", forward), ("backward", backward), ("input", 0), ("weight", weight),
-        ("send_forward", send_forward), ("send_backward", send_backward),
-        *before.items(), *after.items(),
-    ]  # fmt: skip
-    if input_ is not None:
-        given[2] = ("input", input_)
-    lanes = max(np.shape(v)[1] if np.ndim(v) == 2 else 1 for _, v in given)
-    ns = np.stack([_stage_times(name, value, num_stages, lanes) for name, value in given])
+    names = (*_PARTS, *before, *after)
+    given = (
+        forward, backward, 0 if input_ is None else input_, weight, send_forward, send_backward,
+        *before.values(), *after.values(),
+    )  # fmt: skip
+    arrays = [_by_stage(name, value, num_stages) for name, value in zip(names, given, strict=True)]
+    num_lanes = max(array.shape[1] for array in arrays)
+    table = np.empty((len(arrays), num_stages, num_lanes), np.result_type(*arrays))
+    for place, array in enumerate(arrays):
+        table[place] = array
+    ns = whole_numbers(
+        table.ravel(), table.size,
+        lambda i: f"{names[i // (num_stages * num_lanes)]} of stage {i // num_lanes % num_stages}",
+        "takes", "ns",
+    ).reshape(table.shape)  # fmt: skip
     if input_ is None:
-        ns[2] = ns[1] - ns[3]
-        if (ns[2] < 0).any():
-            stage = int(np.argwhere(ns[2] < 0)[0, 0])
+        ns[I] = ns[B] - ns[W]
+        if (ns[I] < 0).any():
+            stage = int(np.argwhere(ns[I] < 0)[0, 0])
             raise ValueError(f"stage {stage}: the weight half takes longer than the whole backward")
     return StepTimes(ns=ns, before=tuple(before), after=tuple(after))
 
 
-def _stage_times(name: str, value: npt.ArrayLike, num_stages: int, num_lanes: int) -> Int64:
+def _by_stage(name: str, value: npt.ArrayLike, num_stages: int) -> npt.NDArray[np.generic]:
+    """Return `value` as [S, L] or [1, L]; L is 1 unless it has lanes."""
     array = np.asarray(value)
-    if array.ndim == 1:
-        array = array[:, None]
-    try:
-        array = np.broadcast_to(array, (num_stages, num_lanes))
-    except ValueError:
-        raise ValueError(
-            f"{name} has times of shape {array.shape}; {num_stages} stages are there"
-        ) from None
-    flat = whole_numbers(
-        array.ravel(), array.size, lambda i: f"{name} of stage {i // num_lanes}", "takes", "ns"
-    )
-    return flat.reshape(num_stages, num_lanes)
+    array = array[:, None] if array.ndim == 1 else np.atleast_2d(array)
+    if array.ndim > 2 or array.shape[0] not in (1, num_stages):
+        raise ValueError(f"{name} has times of shape {array.shape}; {num_stages} stages are there")
+    return array
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, eq=False)

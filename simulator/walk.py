@@ -63,12 +63,12 @@ def walk_step(
     inputs[0, :m] = inputs[1, (num_stages - 1) * m :] = 0
     action_ends = np.zeros(schedule.num_actions, np.int64)
     sequence = np.zeros(schedule.num_actions, np.int32)
-    link_of, num_links = links_of(schedule)
     keys = np.zeros((6, num_stages), np.int64) if jitter is None else _keys(jitter.seed, num_stages)
     num_done = walk(
         schedule.codes, schedule.offsets, m, np.ascontiguousarray(times.ns[:6, :, lane]), keys,
-        _NO_TABLES if jitter is None else jitter.tables(), link_of, num_links,
-        before, inputs, action_ends, sequence, *_rendezvous(schedule, convention, num_links),
+        _NO_TABLES if jitter is None else jitter.tables(), links_of(schedule),
+        schedule.num_ranks**2, before, inputs, action_ends, sequence,
+        *_rendezvous(schedule, convention),
     )  # fmt: skip
     if num_done < schedule.num_actions:
         raise blocked(schedule, convention)
@@ -138,26 +138,20 @@ def blocked(schedule: Schedule, convention: Convention) -> DeadlockError:
     raise AssertionError(f"the walk of schedule {schedule.name} ended early, its graph does not")
 
 
-def links_of(schedule: Schedule) -> tuple[Int64, int]:
-    """Return the link of the forward and the backward message of each stage [2, S], and how many.
+def links_of(schedule: Schedule) -> Int64:
+    """Return the link of the forward and of the backward message of each stage [2, S].
 
-    -1 where the reader is on the same rank, or there is none. A link is one ordered pair of ranks.
+    -1 where the reader is on the same rank, or there is none. A link is an ordered pair of ranks,
+    sender * p + receiver.
     """
-    homes = schedule.homes.astype(np.int64)
-    pairs = np.full((2, schedule.num_stages), -1, np.int64)
-    pairs[0, :-1] = homes[:-1] * schedule.num_ranks + homes[1:]
-    pairs[1, 1:] = homes[1:] * schedule.num_ranks + homes[:-1]
-    crosses = np.zeros(pairs.shape, np.bool_)
-    crosses[0, :-1] = crosses[1, 1:] = homes[:-1] != homes[1:]
-    links, places = np.unique(pairs[crosses], return_inverse=True)
-    pairs[:] = -1
-    pairs[crosses] = places
-    return pairs, len(links)
+    here, there = schedule.homes[:-1].astype(np.int64), schedule.homes[1:].astype(np.int64)
+    link_of = np.full((2, schedule.num_stages), -1, np.int64)
+    link_of[0, :-1] = np.where(here != there, here * schedule.num_ranks + there, -1)
+    link_of[1, 1:] = np.where(here != there, there * schedule.num_ranks + here, -1)
+    return link_of
 
 
-def _rendezvous(
-    schedule: Schedule, convention: Convention, num_links: int
-) -> tuple[Int64, Int64, Int64, Int64]:
+def _rendezvous(schedule: Schedule, convention: Convention) -> tuple[Int64, Int64, Int64, Int64]:
     """Return what each action reads, and senders, posts and first of the messages by link."""
     if convention == "eager":
         return _NOTHING, _NOTHING, _NOTHING, _NOTHING
@@ -165,7 +159,8 @@ def _rendezvous(
     by_link = np.argsort(flows.link, kind="stable")
     reads = np.full(schedule.num_actions, -1, np.int64)
     reads[flows.receiver[by_link]] = np.arange(len(by_link))
-    counts = np.bincount(flows.link, minlength=num_links)
+    link = flows.links[:, 0] * schedule.num_ranks + flows.links[:, 1]
+    counts = np.bincount(link[flows.link], minlength=schedule.num_ranks**2)
     first = np.concatenate(([0], np.cumsum(counts)[:-1]))
     return reads, flows.sender[by_link], flows.posts()[by_link], first
 
@@ -180,11 +175,10 @@ def _follow(
     num_lanes = lanes.stop - lanes.start
     before, after = (_by_rank(schedule, edge[:, lanes]) for edge in times.edge_ns())
     inputs = np.zeros((2, schedule.num_stages * schedule.num_microbatches, num_lanes), np.int64)
-    link_of, num_links = links_of(schedule)
     follow(
         schedule.codes, sequence, schedule.homes, schedule.num_microbatches,
-        np.ascontiguousarray(times.ns[:6, :, lanes]), link_of, num_links,
-        before, inputs,
+        np.ascontiguousarray(times.ns[:6, :, lanes]), links_of(schedule),
+        schedule.num_ranks**2,         before, inputs,
     )  # fmt: skip
     ends: Int64 = np.maximum((before + after).max(axis=0), inputs.max(axis=(0, 1)))
     return ends

@@ -1,5 +1,6 @@
 """Every layout trains like one process: same losses, same gradients."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -84,7 +85,8 @@ def one_process() -> tuple[list[float], Gradients]:
     trainer = Trainer(recipe, load_stream(None), torch.device("cpu"), rank=0)
     gradients: Gradients = {}
 
-    def save(stage: LlamaStage) -> None:
+    def save(stages: Sequence[LlamaStage]) -> None:
+        (stage,) = stages
         for name, parameter in stage.named_parameters():
             assert parameter.grad is not None
             gradients[name] = parameter.grad.numpy().copy()

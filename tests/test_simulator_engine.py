@@ -117,6 +117,14 @@ def test_what_never_ends_is_named() -> None:
         simulate(graph, op_costs(graph, 0, 100), links=links, changes=dead)
 
 
+def test_what_waits_for_something_that_never_ends_is_not_called_a_deadlock() -> None:
+    graph = task_graph([op(0), op(1, rank=1, deps=(0,)), op(2, rank=1, is_queued=False)])
+    for oracle in (False, True):
+        with pytest.raises(ValueError, match=r"^op0 \(rank 0, compute\) began and never ended"):
+            simulate(graph, [9, 1, 1], changes=[SpeedChange(at_ns=3, rank=0, speed=0.0)],
+                     oracle=oracle)  # fmt: skip
+
+
 @pytest.mark.parametrize("duration", [-1, 1.5, float("nan"), float("inf"), True, "9", 1 << 60])
 @pytest.mark.parametrize("oracle", [False, True])
 def test_a_duration_that_is_no_whole_number_is_refused(duration: int, oracle: bool) -> None:

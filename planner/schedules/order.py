@@ -10,40 +10,31 @@ LETTERS = {f"{kind}{chunk}": chunk << 2 | k for k, kind in enumerate(KINDS) for 
 """The words of a phase: a kind of action on the first (0) or the second (1) stage of the rank."""
 
 
-def in_rounds(*columns: tuple[Codes, int]) -> Codes:
-    """Return what a rank does that goes round its `columns`, one action of each in a round.
-
-    A column is its actions, in order, and the first round in which it takes part; it is passed
-    over before that and once it is used up.
-
-    >>> forwards, backwards = np.array([1, 2, 3]), np.array([10, 20, 30])
-    >>> in_rounds((forwards, 0), (backwards, 1)).tolist()
-    [1, 2, 10, 3, 20, 30]
-    """
-    num_rounds = max(first + len(codes) for codes, first in columns)
-    table = np.full((num_rounds, len(columns)), -1, np.int64)
-    for place, (codes, first) in enumerate(columns):
-        table[first : first + len(codes), place] = codes
-    order = table.ravel()
-    return order[order >= 0]
-
-
 def rounds_of_ranks(
     num_ranks: int, columns: Sequence[Codes], first_rounds: Callable[[int], Sequence[int]]
 ) -> tuple[Codes, ...]:
-    """Return the orders of ranks that all go round the same `columns`, each r stages further on.
+    """Return the orders of ranks that go round their columns, one action of each in a round.
 
-    `columns` are those of rank 0; `first_rounds(rank)` says when each of them begins.
+    `columns` are those of rank 0; rank r has the same, r stages further on. `first_rounds(rank)`
+    says in which round each begins; it is passed over before that and once it is used up.
+
+    >>> from simulator.schedule import decode
+    >>> columns = encode(F, 0, np.arange(3)), encode(B, 0, np.arange(3))
+    >>> for order in rounds_of_ranks(2, columns, lambda rank: (0, 1 - rank)):
+    ...     print(" ".join(map(str, decode(order))))
+    0F0 0F1 0B0 0F2 0B1 0B2
+    1F0 1B0 1F1 1B1 1F2 1B2
     """
-    return tuple(
-        in_rounds(
-            *(
-                (codes + (rank << STAGE_SHIFT), first)
-                for codes, first in zip(columns, first_rounds(rank), strict=True)
-            )
-        )
-        for rank in range(num_ranks)
+    firsts = [first_rounds(rank) for rank in range(num_ranks)]
+    num_rounds = max(
+        first + len(codes) for rank in firsts for codes, first in zip(columns, rank, strict=True)
     )
+    table = np.full((num_ranks, num_rounds, len(columns)), -1, np.int64)
+    for rank, rounds in enumerate(firsts):
+        for place, (codes, first) in enumerate(zip(columns, rounds, strict=True)):
+            table[rank, first : first + len(codes), place] = codes + (rank << STAGE_SHIFT)
+    codes = table.ravel()
+    return tuple(codes[codes >= 0].reshape(num_ranks, -1))
 
 
 def phase(times: int, pattern: str) -> bytes:
