@@ -50,7 +50,9 @@ class GradientBuckets:
             for stage in reversed(stages)
             for members in _partition(list(stage.parameters()), bucket_bytes)
         ]
-        self._bucket_of = {p: bucket for bucket in self._buckets for p in bucket.parameters}
+        self._bucket_of: dict[Tensor, _Bucket] = {
+            p: bucket for bucket in self._buckets for p in bucket.parameters
+        }
         self._works: list[dist.Work] = []
         if overlaps:
             for parameter in self._bucket_of:
@@ -67,7 +69,7 @@ class GradientBuckets:
             bucket.flat.zero_()
             bucket.missing = len(bucket.parameters) * self._num_backwards
 
-    def _one_more(self, parameter: nn.Parameter) -> None:
+    def _one_more(self, parameter: Tensor) -> None:
         self._bucket_of[parameter].missing -= 1
         # A bucket waits for those in front of it: collectives must have one order on all ranks.
         while len(self._works) < len(self._buckets):

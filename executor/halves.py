@@ -21,7 +21,7 @@ from executor.shards import as_parameter_shard, local
 class _Product(NamedTuple):
     """What one gradient will be made of: that of `weight` [N, K] is gradient [M, N]^T x [M, K]."""
 
-    weight: nn.Parameter
+    weight: Tensor
     x: Tensor
     gradient: Tensor
 
@@ -34,10 +34,10 @@ class WeightHalf:
     """
 
     def __init__(self) -> None:
-        self.on_gradient: Callable[[nn.Parameter], None] = lambda _: None
+        self.on_gradient: Callable[[Tensor], None] = lambda _: None
         self._waiting: deque[_Product] = deque()
 
-    def put(self, weight: nn.Parameter, x: Tensor, gradient: Tensor) -> None:
+    def put(self, weight: Tensor, x: Tensor, gradient: Tensor) -> None:
         """Leave what the gradient of `weight` [N, K] needs: input [.., K], output gradient [.., N].
 
         Of DTensors the shards do: tensor parallelism cuts N or K, and the tokens stay whole.
@@ -61,16 +61,16 @@ class WeightHalf:
 
 
 class Linear(nn.Linear):
-    """A linear without bias; where `half` is set, its weight gradient waits there."""
+    """A linear without bias; where `weight_half` is set, its weight gradient waits there."""
 
-    half: WeightHalf | None = None
+    weight_half: WeightHalf | None = None
 
     def __init__(self, num_inputs: int, num_outputs: int) -> None:
         super().__init__(num_inputs, num_outputs, bias=False)
 
     def forward(self, x: Tensor) -> Tensor:
         """Return x W^T [.., N] for `x` [.., K]."""
-        if self.half is None:
+        if self.weight_half is None:
             return super().forward(x)
         return _InputHalf.apply(x, self)  # type: ignore[no-any-return, no-untyped-call]
 
@@ -86,10 +86,10 @@ class _InputHalf(torch.autograd.Function):
         return F.linear(x, linear.weight)
 
     @staticmethod
-    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:  # type: ignore[override]
+    def backward(ctx: Any, gradient: Tensor) -> tuple[Tensor, None]:
         """Return the gradient [.., K] of the input."""
         (x,) = ctx.saved_tensors
         linear: Linear = ctx.linear
-        assert linear.half is not None
-        linear.half.put(linear.weight, x, gradient)
+        assert linear.weight_half is not None
+        linear.weight_half.put(linear.weight, x, gradient)
         return gradient @ linear.weight, None

@@ -146,7 +146,7 @@ class LlamaStage(nn.Module):
         for module in self.modules():
             is_tied = module is self.lm_head and spec.tied_embeddings
             if splits_backward and isinstance(module, Linear) and not is_tied:
-                module.half = self.weight_half
+                module.weight_half = self.weight_half
 
     def tie(self) -> None:
         """Make LM head and embedding one parameter again, if the model ties them."""

@@ -110,11 +110,11 @@ class _TimedStage(PipelineStage):
         self.recorder.add("forward", start, Action(self.stage_index, "F", args[0]))
         return output
 
-    def backward_one_chunk(self, *args: Any, full_backward: bool = True, **kwargs: Any) -> Any:
+    def backward_one_chunk(self, *args: Any, **kwargs: Any) -> Any:
         """Run one backward, or its input half; the first argument is the micro-batch."""
         start = self.recorder.mark()
-        super().backward_one_chunk(*args, full_backward=full_backward, **kwargs)
-        kind: ActionKind = "B" if full_backward else "I"
+        super().backward_one_chunk(*args, **kwargs)
+        kind: ActionKind = "B" if kwargs.get("full_backward", True) else "I"
         self.recorder.add("backward", start, Action(self.stage_index, kind, args[0]))
 
     def backward_weight_one_chunk(self, *args: Any, **kwargs: Any) -> Any:

@@ -6,7 +6,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from executor.job import RunJob, first_failure
-from planner.layout import RUNNABLE_SCHEDULES
 from planner.plan import Plan, save_plan
 from planner.record import StepRecord, read_steps
 from profiles.errors import InvalidInputError, UnsupportedError
@@ -43,8 +42,14 @@ def check_runnable(plan: Plan) -> None:
             raise UnsupportedError(
                 f"layout.tp is {layout.tp}; it must divide model.{name} ({count}) to be run"
             )
-    _check_schedule(plan)
     problems = []
+    schedule = plan.parsed_schedule()
+    found = (schedule.num_stages, schedule.num_ranks, schedule.num_microbatches)
+    if found != (layout.num_stages, layout.pp, layout.num_microbatches):
+        problems.append(
+            f"plan: the schedule has {found[0]} stages, {found[1]} pipeline ranks and {found[2]} "
+            f"micro-batches, which is not layout {layout}; plan again"
+        )
     if sum(layout.stage_layers) != model.num_layers:
         problems.append(
             f"plan: layout.stage_layers is {layout.stage_layers}; "
@@ -62,33 +67,25 @@ def check_runnable(plan: Plan) -> None:
         )
     if problems:
         raise InvalidInputError(problems)
+    _check_schedule(plan)
 
 
 def _check_schedule(plan: Plan) -> None:
-    schedule = plan.parsed_schedule()
-    layout = plan.layout
-    found = (schedule.num_stages, schedule.num_ranks, schedule.num_microbatches)
-    names = ", ".join(f'"{name}"' for name in RUNNABLE_SCHEDULES)
-    way_out = f"plan with search.schedule = [{names}] to run it"
-    if found != (layout.pp, layout.pp, layout.num_microbatches):
+    """Raise UnsupportedError for an order of actions that PyTorch's pipeline runtime cannot run."""
+    schedule, layout = plan.parsed_schedule(), plan.layout
+    if layout.pp == 1 and schedule.num_stages > 1:
         raise UnsupportedError(
-            f"schedule {schedule.name}: {found[0]} stages on {found[1]} pipeline ranks with "
-            f"{found[2]} micro-batches; one stage a rank, {layout.pp} of them, and "
-            f"{layout.num_microbatches} micro-batches can be run; {way_out}"
+            f"schedule {schedule.name}: {schedule.num_stages} stages on the only pipeline rank; "
+            "with layout.pp 1 one stage can be run"
         )
-    for rank, actions in enumerate(schedule.ranks):
-        if any(action.stage != rank for action in actions):
-            raise UnsupportedError(f"schedule {schedule.name}: stage {rank} must be on rank {rank}")
-        if split := next((action for action in actions if action.kind in "IW"), None):
-            raise UnsupportedError(
-                f"schedule {schedule.name}: split backward {split} cannot be run; {way_out}"
-            )
-        forwards = [action.microbatch for action in actions if action.kind == "F"]
-        if forwards != sorted(forwards):
-            raise UnsupportedError(
-                f"schedule {schedule.name}: forwards of stage {rank} are out of order; "
-                "micro-batches must enter a stage as 0, 1, 2, ..."
-            )
+    last = schedule.num_stages - 1
+    actions = schedule.ranks[schedule.homes[last]]
+    entered = [action.microbatch for action in actions if action[:2] == (last, "F")]
+    if entered != sorted(entered):
+        raise UnsupportedError(
+            f"schedule {schedule.name}: forwards of stage {last}, the last one, are out of order; "
+            "micro-batches must enter it as 0, 1, 2, ..."
+        )
 
 
 def run_plans(

@@ -2,16 +2,21 @@
 
 from collections.abc import Iterable, Iterator
 from functools import cache
+from math import isqrt
 from typing import NamedTuple
 
 from planner.cost import CostModel, total
 from planner.layout import RUNNABLE_SCHEDULES, Layout
+from planner.orders import MAX_CELLS
 from planner.partition import balanced_stages
 from planner.plan import Rejection
 from planner.schedules import SCHEDULES
 from profiles.job import Job
 from profiles.model import ModelSpec
+from simulator.schedule import MAX_STAGES
 
+SYNTHESISED = "synthesised"
+"""The schedule of a layout whose order was made for it, beside those that have a name."""
 DEFAULT_STAGES_PER_RANK = (1, 2, 4)
 
 
@@ -22,12 +27,22 @@ class _Pipeline(NamedTuple):
     stages_per_rank: int
 
 
+def schedules_of(job: Job) -> tuple[str, ...]:
+    """Return the schedules that the ranking may hold.
+
+    Without a limit, they are those that can be run where the job is for this machine, and all that
+    have a name and the synthesised where it is not.
+    """
+    everything = (*SCHEDULES, SYNTHESISED)
+    return job.search.schedule or (RUNNABLE_SCHEDULES if job.cluster.is_local else everything)
+
+
 def candidates(job: Job, costs: CostModel) -> tuple[list[Layout], list[Rejection]]:
     """Return the legal layouts of the job's ranks, and why the others are not.
 
-    The axes are dp x tp x pp, the stages of a rank, the schedules and the micro-batches. Without
-    limits, schedules are those that can be run where the job is for this machine, and all that
-    have a name where it is not.
+    The axes are dp x tp x pp, the stages of a rank, the schedules and the micro-batches. Schedules
+    are named ones: those of `schedules_of`, and all of them where orders are to be synthesised,
+    which needs every layout that there is to start from.
     """
     partition = cache(lambda *key: _partition(costs, *key))
     layouts: list[Layout] = []
@@ -39,30 +54,44 @@ def candidates(job: Job, costs: CostModel) -> tuple[list[Layout], list[Rejection
         pipelines, refused = _pipelines(job, dp, tp, pp)
         rejections += refused
         share = job.workload.global_batch // dp
-        layouts += [
-            Layout(
-                dp=dp,
-                tp=tp,
-                pp=pp,
-                micro_batch=micro_batch,
-                num_microbatches=share // micro_batch,
-                stage_layers=partition(tp, micro_batch, pp * stages_per_rank),
-                schedule=schedule,
-                stages_per_rank=stages_per_rank,
-            )
-            for micro_batch in _micro_batches(share, job.search.micro_batch)
-            for schedule, stages_per_rank in pipelines
-        ]
+        for micro_batch in _micro_batches(share, job.search.micro_batch):
+            num_microbatches = share // micro_batch
+            for stages_per_rank, schedules in pipelines.items():
+                num_stages = pp * stages_per_rank
+                if reason := _too_long(num_stages, num_microbatches):
+                    name = _name(dp, tp, pp, stages_per_rank)
+                    layout = f"{name},mb={micro_batch}x{num_microbatches}"
+                    rejections.append(Rejection(layout=layout, rule="length", reason=reason))
+                    continue
+                layouts += [
+                    Layout(
+                        dp=dp,
+                        tp=tp,
+                        pp=pp,
+                        micro_batch=micro_batch,
+                        num_microbatches=num_microbatches,
+                        stage_layers=partition(tp, micro_batch, num_stages),
+                        schedule=schedule,
+                        stages_per_rank=stages_per_rank,
+                    )
+                    for schedule in schedules
+                ]
     return layouts, rejections
 
 
 def _degrees(num_ranks: int) -> Iterator[tuple[int, int, int]]:
     """Yield every (dp, tp, pp) whose product is `num_ranks`."""
-    divisors = [n for n in range(1, num_ranks + 1) if num_ranks % n == 0]
+    divisors = _divisors(num_ranks)
     for tp in divisors:
         for pp in divisors:
             if num_ranks % (tp * pp) == 0:
                 yield num_ranks // (tp * pp), tp, pp
+
+
+def _divisors(number: int) -> list[int]:
+    """Return the divisors of `number`, in rising order."""
+    low = [n for n in range(1, isqrt(number) + 1) if number % n == 0]
+    return sorted({*low, *(number // n for n in low)})
 
 
 def _rejection(job: Job, dp: int, tp: int, pp: int) -> Rejection | None:

@@ -6,14 +6,17 @@ are, and what a message costs, is written in `simulator.step`.
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import cache
 
 import numpy as np
 
 from planner.memory import stage_activation_bytes
+from planner.orders import NamedOrder
 from planner.plan import Plan, StageCost
 from profiles.profile import Cost
 from simulator.checks import Int64
 from simulator.engine import Simulation, simulate_step, step_ns
+from simulator.fold import folded_step
 from simulator.memory import MemoryCurve, activation_changes, memory_curves
 from simulator.schedule import Schedule
 from simulator.step import StepTimes, lower, step_times
@@ -62,7 +65,28 @@ def _lanes(candidates: Sequence[Sequence[StageCost]], name: str) -> Int64:
 
 def predict_steps(schedule: Schedule, candidates: Sequence[Sequence[StageCost]]) -> list[Cost]:
     """Return the step time of each candidate with its band: all costs at P10, median and P90."""
-    lanes = step_ns(schedule, stage_times(schedule, candidates)).reshape(-1, len(QUANTILES))
+    return _bands(step_ns(schedule, stage_times(schedule, candidates)).tolist(), candidates)
+
+
+def predict_order(order: NamedOrder, candidates: Sequence[Sequence[StageCost]]) -> list[Cost]:
+    """Return what `predict_steps` returns of the whole order; a long one is folded, not walked."""
+    sample = order.sample()
+    if not order.is_long:
+        return predict_steps(sample, candidates)
+    times, build = stage_times(sample, candidates), cache(order.build)
+    m, period, steady_from = order.num_microbatches, order.period, order.steady_from
+    return _bands(
+        [
+            folded_step(build, m, period, steady_from, times, lane).makespan_ns
+            for lane in range(times.num_lanes)
+        ],
+        candidates,
+    )
+
+
+def _bands(lanes_ns: Sequence[int], candidates: Sequence[Sequence[StageCost]]) -> list[Cost]:
+    """Return the step of each candidate; `lanes_ns` are those of `stage_times`."""
+    bands = np.reshape(np.array(lanes_ns, np.int64), (-1, len(QUANTILES)))
     return [
         Cost(
             p10_ns=p10,
@@ -71,7 +95,7 @@ def predict_steps(schedule: Schedule, candidates: Sequence[Sequence[StageCost]])
             is_extrapolated=any(getattr(cost, part).is_extrapolated for cost in costs
                                 for part in _TIMED),
         )
-        for (p10, p50, p90), costs in zip(lanes.tolist(), candidates, strict=True)
+        for (p10, p50, p90), costs in zip(bands.tolist(), candidates, strict=True)
     ]  # fmt: skip
 
 

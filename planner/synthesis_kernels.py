@@ -41,14 +41,9 @@ class Pipeline(NamedTuple):
 
 @compiled
 def place(
-    pipeline: Pipeline,
-    priority: Int64,
-    is_whole: Bools,
-    patience: int,
-    max_in_flight: int,
-    starts_ns: Int64,
-    codes: Int64,
-) -> int:
+    pipeline: Pipeline, priority: Int64, is_whole: Bools, patience: int, max_in_flight: int,
+    starts_ns: Int64, codes: Int64,
+) -> int:  # fmt: skip
     """Order all actions; return the length of the step in ns, or -1 if it got stuck.
 
     priority [3, S, m]; is_whole [S, m]: this backward is not split. A rank waits for an action that
@@ -109,17 +104,9 @@ def place(
 
 @compiled
 def send(
-    rank: int,
-    row: int,
-    stage: int,
-    k: int,
-    end: int,
-    pipeline: Pipeline,
-    arrivals: Int64,
-    turns: Int64,
-    num_sent: Int64,
-    free_ns: Int64,
-) -> int:
+    rank: int, row: int, stage: int, k: int, end: int, pipeline: Pipeline, arrivals: Int64,
+    turns: Int64, num_sent: Int64, free_ns: Int64,
+) -> int:  # fmt: skip
     """Pass an output that is there at `end` on; return the rank that reads it, or -1."""
     reader = stage + 1 - 2 * row
     if not 0 <= reader < len(pipeline.homes):
@@ -150,17 +137,9 @@ def wanted(
 
 @compiled
 def look(
-    rank: int,
-    pipeline: Pipeline,
-    is_whole: Bools,
-    max_in_flight: int,
-    done: Int64,
-    arrivals: Int64,
-    turns: Int64,
-    num_read: Int64,
-    ranks: Int64,
-    choices: Int64,
-) -> None:
+    rank: int, pipeline: Pipeline, is_whole: Bools, max_in_flight: int, done: Int64, arrivals:
+    Int64, turns: Int64, num_read: Int64, ranks: Int64, choices: Int64,
+) -> None:  # fmt: skip
     """Note when the next actions of a rank could start (NEVER: not as things are), and the first.
 
     A forward must leave a way out: beside all that is held by micro-batches behind the oldest one

@@ -64,25 +64,11 @@ RUNNING, AGENDA, MARKED, DIRTY, STAMP, NUM_COUNTS = range(6)
 
 @compiled
 def run(
-    ops: Table,
-    followers: Int32,
-    meets: Table,
-    members: Int32,
-    slots: Table,
-    heap: Int32,
-    agenda: Int32,
-    queues: Int32,
-    marked: Int32,
-    links: Table,
-    flows: Table,
-    dirty: Int32,
-    crossings: Table,
-    paths: Int32,
-    near_links: Int32,
-    near_slots: Int32,
-    changes: Table,
+    ops: Table, followers: Int32, meets: Table, members: Int32, slots: Table, heap: Int32,
+    agenda: Int32, queues: Int32, marked: Int32, links: Table, flows: Table, dirty: Int32,
+    crossings: Table, paths: Int32, near_links: Int32, near_slots: Int32, changes: Table,
     counts: Int64,
-) -> None:
+) -> None:  # fmt: skip
     """Run until nothing more happens; `changes` are sorted by time.
 
     What must be looked at next stands on `agenda`: op i for one that is ready, ~i for one to start.
@@ -169,16 +155,9 @@ def predict(now: int, left: float, rate: float) -> int:
 
 @inlined
 def finish(
-    ops: Table,
-    followers: Int32,
-    slots: Table,
-    heap: Int32,
-    agenda: Int32,
-    marked: Int32,
-    counts: Int64,
-    slot: int,
-    now: int,
-) -> None:
+    ops: Table, followers: Int32, slots: Table, heap: Int32, agenda: Int32, marked: Int32,
+    counts: Int64, slot: int, now: int,
+) -> None:  # fmt: skip
     """End the op of a stream and note who may go on."""
     op = slots[slot].op
     ops[op].end_ns = now
@@ -206,17 +185,9 @@ def finish(
 
 @compiled
 def gather_or_queue(
-    ops: Table,
-    meets: Table,
-    members: Int32,
-    slots: Table,
-    queues: Int32,
-    marked: Int32,
-    agenda: Int32,
-    counts: Int64,
-    op: int,
-    now: int,
-) -> None:
+    ops: Table, meets: Table, members: Int32, slots: Table, queues: Int32, marked: Int32,
+    agenda: Int32, counts: Int64, op: int, now: int,
+) -> None:  # fmt: skip
     """Let a ready op wait for its meet, or start all of it; or let it queue."""
     meet, slot = ops[op].meet, ops[op].slot
     if meet >= 0:
@@ -325,17 +296,9 @@ def serve_queues(
 
 @inlined
 def enter_links(
-    slots: Table,
-    heap: Int32,
-    links: Table,
-    flows: Table,
-    dirty: Int32,
-    crossings: Table,
-    counts: Int64,
-    slot: int,
-    size_bytes: int,
-    now: int,
-) -> None:
+    slots: Table, heap: Int32, links: Table, flows: Table, dirty: Int32, crossings: Table,
+    counts: Int64, slot: int, size_bytes: int, now: int,
+) -> None:  # fmt: skip
     """Let the bytes of a stream's op flow; alone on all its links it needs no sharing."""
     is_alone, rate = True, np.inf
     first, end = slots[slot].first_crossing, slots[slot].end_crossing
@@ -359,14 +322,9 @@ def enter_links(
 
 @inlined
 def leave_links(
-    slots: Table,
-    links: Table,
-    flows: Table,
-    dirty: Int32,
-    crossings: Table,
-    counts: Int64,
+    slots: Table, links: Table, flows: Table, dirty: Int32, crossings: Table, counts: Int64,
     slot: int,
-) -> None:
+) -> None:  # fmt: skip
     """Take the flow of a stream off its links; the last flow of each fills its place there."""
     for crossing in range(slots[slot].first_crossing, slots[slot].end_crossing):
         link = crossings[crossing].link
@@ -391,15 +349,9 @@ def mark_link(links: Table, dirty: Int32, counts: Int64, link: int) -> None:
 
 @inlined
 def collect(
-    slots: Table,
-    links: Table,
-    flows: Table,
-    dirty: Int32,
-    crossings: Table,
-    near_links: Int32,
-    near_slots: Int32,
-    counts: Int64,
-) -> tuple[int, int]:
+    slots: Table, links: Table, flows: Table, dirty: Int32, crossings: Table, near_links: Int32,
+    near_slots: Int32, counts: Int64,
+) -> tuple[int, int]:  # fmt: skip
     """Collect links and flows that hang together with the marked links; return their numbers."""
     counts[STAMP] += 1
     stamp, num_links, num_slots, seen = counts[STAMP], counts[DIRTY], 0, 0
@@ -434,14 +386,9 @@ def collect(
 
 @inlined
 def fill(
-    slots: Table,
-    links: Table,
-    flows: Table,
-    crossings: Table,
-    near_links: Int32,
-    num_links: int,
-    num_left: int,
-) -> None:
+    slots: Table, links: Table, flows: Table, crossings: Table, near_links: Int32, num_links:
+    int, num_left: int,
+) -> None:  # fmt: skip
     """Raise all rates together; the links that fill up first fix the rates of their flows."""
     while num_left > 0:
         tightest, share, place = -1, np.inf, 0

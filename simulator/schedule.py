@@ -221,9 +221,8 @@ def _check_complete(name: str, num_stages: int, num_microbatches: int, codes: Co
     num_cells = num_stages * num_microbatches
     cells = ((codes >> STAGE_SHIFT) & STAGE_MASK) * num_microbatches + microbatches
     cells += (codes & 3) * num_cells
-    places = np.full(len(KINDS) * num_cells, -1, np.int64)
-    places[cells] = np.arange(len(codes))
-    places = places.reshape(len(KINDS), num_cells)
+    places = np.full((len(KINDS), num_cells), -1, np.int64)
+    places.ravel()[cells] = np.arange(len(codes))
     f, b, i, w = places
     is_good = (f >= 0) & ((b > f) ^ ((i > f) & (w > i)))
     if is_good.all() and np.count_nonzero(places >= 0) == len(codes):

@@ -32,23 +32,10 @@ def jittered(ns: int, table: Int64, key: int, microbatch: int) -> int:
 
 @compiled
 def walk(
-    codes: Int64,
-    offsets: Int64,
-    m: int,
-    times: Int64,
-    keys: Int64,
-    tables: Int64,
-    link_of: Int64,
-    num_links: int,
-    clock: Int64,
-    arrivals: Int64,
-    ends: Int64,
-    sequence: Int32,
-    reads: Int64,
-    senders: Int64,
-    posts: Int64,
-    turns: Int64,
-) -> int:
+    codes: Int64, offsets: Int64, m: int, times: Int64, keys: Int64, tables: Int64, link_of:
+    Int64, num_links: int, clock: Int64, arrivals: Int64, ends: Int64, sequence: Int32, reads:
+    Int64, senders: Int64, posts: Int64, turns: Int64,
+) -> int:  # fmt: skip
     """Walk all ranks' orders of one candidate; return how many actions were done.
 
     codes [A]; offsets [p + 1]; times and keys [6, S]; link_of [2, S]; clock [p], in: when each
@@ -110,15 +97,9 @@ def walk(
 
 @compiled
 def receive(
-    code: int,
-    start: int,
-    m: int,
-    times: Int64,
-    keys: Int64,
-    table: Int64,
-    draws: bool,
+    code: int, start: int, m: int, times: Int64, keys: Int64, table: Int64, draws: bool,
     arrivals: Int64,
-) -> int:
+) -> int:  # fmt: skip
     """Note when the message of the action `code`, begun at `start`, has arrived; return that."""
     kind, stage, microbatch = code & 3, (code >> 2) & 0x3FFFFF, code >> 24
     way = 0 if kind == 0 else 1
@@ -139,16 +120,9 @@ def duration_of(
 
 @compiled
 def follow(
-    codes: Int64,
-    sequence: Int32,
-    homes: Int32,
-    m: int,
-    times: Int64,
-    link_of: Int64,
-    num_links: int,
-    clock: Int64,
-    arrivals: Int64,
-) -> None:
+    codes: Int64, sequence: Int32, homes: Int32, m: int, times: Int64, link_of: Int64,
+    num_links: int, clock: Int64, arrivals: Int64,
+) -> None:  # fmt: skip
     """Time L candidates of one shape, messages eager, action by action in the order of a `walk`.
 
     times [6, S, L]; clock [p, L], in: when each rank begins, out: when it is done; arrivals

@@ -18,12 +18,19 @@ COST = Cost(p10_ns=1, p50_ns=1, p90_ns=1)
 
 
 def tiny_layout(
-    dp: int = 1, tp: int = 1, pp: int = 1, schedule: str = "1f1b", global_batch: int = 8
+    dp: int = 1,
+    tp: int = 1,
+    pp: int = 1,
+    schedule: str = "1f1b",
+    global_batch: int = 8,
+    stages_per_rank: int = 1,
 ) -> Layout:
     """Return a layout of `global_batch` sequences, one a micro-batch, over four equal layers."""
+    num_stages = pp * stages_per_rank
     return Layout(
         dp=dp, tp=tp, pp=pp, micro_batch=1, num_microbatches=global_batch // dp,
-        stage_layers=(4 // pp,) * pp, schedule=schedule,
+        stage_layers=(4 // num_stages,) * num_stages, schedule=schedule,
+        stages_per_rank=stages_per_rank,
     )  # fmt: skip
 
 

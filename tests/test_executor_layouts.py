@@ -23,6 +23,15 @@ GRADIENT_TOLERANCE = 1e-5
 BATCH = 4
 OVERLAPPED = tiny_stack(overlaps_gradients=True)
 PLANS = {
+    2: [
+        tiny_plan(tiny_layout(pp=2, schedule="interleaved", stages_per_rank=2, global_batch=BATCH)),
+        tiny_plan(tiny_layout(pp=2, schedule="breadth_first", stages_per_rank=2, global_batch=BATCH)),
+        tiny_plan(tiny_layout(pp=2, schedule="zb_h1", global_batch=BATCH)),
+        tiny_plan(tiny_layout(pp=2, schedule="zb_h2", global_batch=BATCH)),
+        tiny_plan(tiny_layout(pp=2, schedule="zb_v", stages_per_rank=2, global_batch=BATCH)),
+        tiny_plan(tiny_layout(pp=2, schedule="dual_pipe_v", stages_per_rank=2, global_batch=BATCH)),
+        tiny_plan(tiny_layout(tp=2, schedule="zb_h1", global_batch=BATCH)),
+    ],
     4: [
         tiny_plan(tiny_layout(dp=4, global_batch=BATCH)),
         tiny_plan(tiny_layout(pp=4, schedule="gpipe", global_batch=BATCH)),
