@@ -50,6 +50,7 @@ class WeightHalf:
         waiting, self._waiting = self._waiting, deque()
         return partial(self._add, waiting)
 
+    @torch.no_grad()
     def _add(self, waiting: deque[_Product]) -> None:
         while waiting:
             weight, x, gradient = waiting.popleft()  # so that they go as soon as they are used

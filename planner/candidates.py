@@ -21,10 +21,21 @@ DEFAULT_STAGES_PER_RANK = (1, 2, 4)
 
 
 class _Pipeline(NamedTuple):
-    """How a pipeline runs: the name of its order, and the stages of each rank."""
+    """How a pipeline may run: the stages of each rank, and the names of their orders."""
 
-    schedule: str
     stages_per_rank: int
+    schedules: tuple[str, ...]
+
+
+class _Degrees(NamedTuple):
+    """The size of the mesh along each axis."""
+
+    dp: int
+    tp: int
+    pp: int
+
+    def __str__(self) -> str:
+        return f"dp={self.dp},tp={self.tp},pp={self.pp}"
 
 
 def schedules_of(job: Job) -> tuple[str, ...]:
@@ -47,45 +58,55 @@ def candidates(job: Job, costs: CostModel) -> tuple[list[Layout], list[Rejection
     partition = cache(lambda *key: _partition(costs, *key))
     layouts: list[Layout] = []
     rejections: list[Rejection] = []
-    for dp, tp, pp in _degrees(job.cluster.num_ranks):
-        if rejection := _rejection(job, dp, tp, pp):
+    for degrees in _degrees(job.cluster.num_ranks):
+        if rejection := _rejection(job, degrees):
             rejections.append(rejection)
             continue
-        pipelines, refused = _pipelines(job, dp, tp, pp)
+        pipelines, refused = _pipelines(job, degrees)
         rejections += refused
-        share = job.workload.global_batch // dp
+        share = job.workload.global_batch // degrees.dp
         for micro_batch in _micro_batches(share, job.search.micro_batch):
-            num_microbatches = share // micro_batch
-            for stages_per_rank, schedules in pipelines.items():
-                num_stages = pp * stages_per_rank
-                if reason := _too_long(num_stages, num_microbatches):
-                    name = _name(dp, tp, pp, stages_per_rank)
-                    layout = f"{name},mb={micro_batch}x{num_microbatches}"
-                    rejections.append(Rejection(layout=layout, rule="length", reason=reason))
+            for pipeline in pipelines:
+                count = share // micro_batch
+                if rejection := _too_long(degrees, pipeline, micro_batch, count):
+                    rejections.append(rejection)
                     continue
-                layouts += [
-                    Layout(
-                        dp=dp,
-                        tp=tp,
-                        pp=pp,
-                        micro_batch=micro_batch,
-                        num_microbatches=num_microbatches,
-                        stage_layers=partition(tp, micro_batch, num_stages),
-                        schedule=schedule,
-                        stages_per_rank=stages_per_rank,
-                    )
-                    for schedule in schedules
-                ]
+                num_stages = degrees.pp * pipeline.stages_per_rank
+                layers = partition(degrees.tp, micro_batch, num_stages)
+                layouts += _layouts(degrees, pipeline, micro_batch, count, layers)
     return layouts, rejections
 
 
-def _degrees(num_ranks: int) -> Iterator[tuple[int, int, int]]:
-    """Yield every (dp, tp, pp) whose product is `num_ranks`."""
+def _layouts(
+    degrees: _Degrees,
+    pipeline: _Pipeline,
+    micro_batch: int,
+    num_microbatches: int,
+    stage_layers: tuple[int, ...],
+) -> list[Layout]:
+    """Return one layout for each order of the pipeline."""
+    return [
+        Layout(
+            dp=degrees.dp,
+            tp=degrees.tp,
+            pp=degrees.pp,
+            micro_batch=micro_batch,
+            num_microbatches=num_microbatches,
+            stage_layers=stage_layers,
+            schedule=schedule,
+            stages_per_rank=pipeline.stages_per_rank,
+        )
+        for schedule in pipeline.schedules
+    ]
+
+
+def _degrees(num_ranks: int) -> Iterator[_Degrees]:
+    """Yield all degrees whose product is `num_ranks`."""
     divisors = _divisors(num_ranks)
     for tp in divisors:
         for pp in divisors:
             if num_ranks % (tp * pp) == 0:
-                yield num_ranks // (tp * pp), tp, pp
+                yield _Degrees(num_ranks // (tp * pp), tp, pp)
 
 
 def _divisors(number: int) -> list[int]:
@@ -94,11 +115,11 @@ def _divisors(number: int) -> list[int]:
     return sorted({*low, *(number // n for n in low)})
 
 
-def _rejection(job: Job, dp: int, tp: int, pp: int) -> Rejection | None:
+def _rejection(job: Job, degrees: _Degrees) -> Rejection | None:
     """Return why no layout of these degrees is legal, or None."""
-    model, name = job.model, f"dp={dp},tp={tp},pp={pp}"
-    limits = (("dp", dp, job.search.dp), ("tp", tp, job.search.tp), ("pp", pp, job.search.pp))
-    for axis, value, allowed in limits:
+    model, name, (dp, tp, pp) = job.model, str(degrees), degrees
+    for axis, value in degrees._asdict().items():
+        allowed = getattr(job.search, axis)
         if allowed and value not in allowed:
             reason = f"{axis} is {value}; search.{axis} allows {_options(allowed)}"
             return Rejection(layout=name, rule="search limits", reason=reason)
@@ -138,27 +159,27 @@ def _options(values: Iterable[object]) -> str:
     return ", ".join(found if len(found) <= 8 else [*found[:7], "...", found[-1]])
 
 
-def _pipelines(job: Job, dp: int, tp: int, pp: int) -> tuple[list[_Pipeline], list[Rejection]]:
+def _pipelines(job: Job, degrees: _Degrees) -> tuple[list[_Pipeline], list[Rejection]]:
     """Return the pipelines to try at these degrees, and why others are not."""
-    limits, degrees = job.search, f"dp={dp},tp={tp},pp={pp}"
-    names = limits.schedule or (RUNNABLE_SCHEDULES if job.cluster.is_local else tuple(SCHEDULES))
+    limits, names = job.search, schedules_of(job)
     counts = limits.stages_per_rank or DEFAULT_STAGES_PER_RANK
-    if pp == 1:
-        return _without_pipeline(names, counts, degrees)
+    if degrees.pp == 1:
+        return _without_pipeline(names, counts, str(degrees))
+    starts = tuple(SCHEDULES) if SYNTHESISED in names else names
     pipelines, refused = [], []
     for count in counts:
-        taken = [_Pipeline(name, count) for name in names if SCHEDULES[name].takes(count)]
+        taken = tuple(name for name in starts if SCHEDULES[name].takes(count))
         if not taken and limits.stages_per_rank:
             rule = "search limits"
             reason = f"no schedule among {_options(names)} has {count} stages a rank"
-        elif taken and pp * count > job.model.num_layers:
+        elif taken and degrees.pp * count > job.model.num_layers:
             rule = "divisibility"
             reason = (
-                f"pp is {pp} with {count} stages a rank, but the model has "
+                f"pp is {degrees.pp} with {count} stages a rank, but the model has "
                 f"{job.model.num_layers} layers; a stage needs one"
             )
         else:
-            pipelines += taken
+            pipelines.append(_Pipeline(count, taken))
             continue
         refused.append(Rejection(layout=f"{degrees},v={count}", rule=rule, reason=reason))
     return pipelines, refused
@@ -168,17 +189,37 @@ def _without_pipeline(
     names: tuple[str, ...], counts: tuple[int, ...], layout: str
 ) -> tuple[list[_Pipeline], list[Rejection]]:
     """Return the one order of one stage on one rank: all are alike, and 1F1B holds least."""
-    taken = [name for name in names if SCHEDULES[name].takes(1)]
+    taken = [name for name in names if name in SCHEDULES and SCHEDULES[name].takes(1)]
     if taken and 1 in counts:
-        return [_Pipeline("1f1b" if "1f1b" in taken else taken[0], 1)], []
+        return [_Pipeline(1, ("1f1b" if "1f1b" in taken else taken[0],))], []
     what, allowed = ("stages_per_rank", counts) if taken else ("schedule", names)
     reason = f"pp is 1, which is one stage a rank; search.{what} allows {_options(allowed)} only"
     return [], [Rejection(layout=layout, rule="search limits", reason=reason)]
 
 
+def _too_long(
+    degrees: _Degrees, pipeline: _Pipeline, micro_batch: int, num_microbatches: int
+) -> Rejection | None:
+    """Return why no plan can write out the orders of a pipeline, or None."""
+    num_stages = degrees.pp * pipeline.stages_per_rank
+    if num_stages <= MAX_STAGES and num_stages * num_microbatches <= MAX_CELLS:
+        return None
+    stages = f",v={pipeline.stages_per_rank}" if pipeline.stages_per_rank > 1 else ""
+    reason = (
+        f"{num_stages} stages and {num_microbatches} micro-batches; a plan writes out the order of "
+        f"each stage, for at most {MAX_STAGES} stages and a product of {MAX_CELLS}: take a larger "
+        "micro-batch"
+    )
+    return Rejection(
+        layout=f"{degrees}{stages},mb={micro_batch}x{num_microbatches}",
+        rule="length",
+        reason=reason,
+    )
+
+
 def _micro_batches(share: int, allowed: tuple[int, ...]) -> list[int]:
     """Return the micro-batches that divide the sequences of a replica, smallest first."""
-    return [n for n in allowed or range(1, share + 1) if share % n == 0]
+    return [n for n in allowed or _divisors(share) if share % n == 0]
 
 
 def _partition(costs: CostModel, tp: int, micro_batch: int, num_stages: int) -> tuple[int, ...]:

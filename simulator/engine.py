@@ -5,7 +5,7 @@
 * When does everything in one step happen, also when a rank is slow? `simulate_step`; or in any
   graph, with shared links, degraded links, queues? `simulate`: the compiled event loop (tier 2).
 * The same, told by SimPy in other words: `oracle=True` (tier 3). All agree to the nanosecond.
-* What do weeks of failures, restarts and checkpoints do to a run? `simulator.story` (tier 3).
+* What do weeks of failures, restarts and checkpoints do to a run? `simulator.stories.job` (tier 3).
 """
 
 from collections.abc import Sequence

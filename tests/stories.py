@@ -2,9 +2,9 @@
 
 from typing import Any
 
-from simulator.checkpoints import Checkpoints
-from simulator.story import StorySpec
-from simulator.strikes import HOUR_NS
+from simulator.stories.checkpoints import Checkpoints
+from simulator.stories.job import StorySpec
+from simulator.stories.strikes import HOUR_NS
 
 SECOND_NS = 10**9
 MINUTE_NS = 60 * SECOND_NS

@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from simulator.checkpoints import Checkpoints, Progress, Snapshot
+from simulator.stories.checkpoints import Checkpoints, Progress, Snapshot
 
 
 @dataclass(frozen=True)

@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from simulator.jitter import FACTOR_BITS, quantile_table
-from simulator.servers import ServerSpec, Sync, tell_servers
-from simulator.story import mean, standard_error
-from simulator.strikes import HOUR_NS, Clocks, Outage
+from simulator.stories.job import mean, standard_error
+from simulator.stories.servers import ServerSpec, Sync, tell_servers
+from simulator.stories.strikes import HOUR_NS, Clocks, Outage
 
 SECOND_NS = 10**9
 SYNCS: list[tuple[Sync, int]] = [("bsp", 0), ("ssp", 0), ("ssp", 3), ("asp", 0)]

@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from simulator.checkpoints import Checkpoints
-from simulator.story import Maintenance, Story, StorySpec, replicate, tell
-from simulator.strikes import HOUR_NS, Outage, Slowdown
+from simulator.stories.checkpoints import Checkpoints
+from simulator.stories.job import Maintenance, Story, StorySpec, replicate, tell
+from simulator.stories.strikes import HOUR_NS, Outage, Slowdown
 from simulator.trace import perfetto_trace
 from tests.stories import DAY_NS, MINUTE_NS, SECOND_NS, steady
 

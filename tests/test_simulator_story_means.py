@@ -4,9 +4,9 @@ from math import exp, sqrt
 
 import pytest
 
-from simulator.checkpoints import Checkpoints
-from simulator.story import Maintenance, StorySpec, mean, replicate, standard_error
-from simulator.strikes import HOUR_NS, Outage
+from simulator.stories.checkpoints import Checkpoints
+from simulator.stories.job import Maintenance, StorySpec, mean, replicate, standard_error
+from simulator.stories.strikes import HOUR_NS, Outage
 from tests.stories import DAY_NS, MINUTE_NS, SECOND_NS, steady
 
 

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from simulator.strikes import HOUR_NS, Clocks, Outage, Slowdown
+from simulator.stories.strikes import HOUR_NS, Clocks, Outage, Slowdown
 
 NAN = float("nan")
 

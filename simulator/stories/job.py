@@ -10,10 +10,10 @@ from functools import cached_property
 from math import ceil, fsum, sqrt
 from typing import Literal, NamedTuple
 
-from simulator.checkpoints import Checkpoints
 from simulator.checks import MAX_NS
 from simulator.jitter import MASK
-from simulator.strikes import HOUR_NS, Disturbance, Slowdown, check_names, check_whole
+from simulator.stories.checkpoints import Checkpoints
+from simulator.stories.strikes import HOUR_NS, Disturbance, Slowdown, check_names, check_whole
 from simulator.timeline import Span, Timeline
 
 Cause = Literal[
@@ -245,7 +245,7 @@ def tell(spec: StorySpec, seed: int = 0, *, num_kept: int = 10_000) -> Story:
     >>> story.wall_ns, story.useful_ns, story.lost_ns["checkpoint"], story.lost_ns["restart"]
     (100800, 100000, 300, 500)
     """
-    from simulator.telling import Telling
+    from simulator.stories.telling import Telling
 
     check_whole("seed", seed, most=MASK)
     check_whole("num_kept", num_kept)
@@ -255,7 +255,7 @@ def tell(spec: StorySpec, seed: int = 0, *, num_kept: int = 10_000) -> Story:
 def replicate(spec: StorySpec, seeds: Iterable[int]) -> Stories:
     """Return the stories of all `seeds`, without their spans and strikes.
 
-    >>> from simulator.strikes import Outage
+    >>> from simulator.stories.strikes import Outage
     >>> spec = StorySpec(step_ns=HOUR_NS // 360, num_steps=36_000, num_nodes=100,
     ...                  restart_ns=HOUR_NS // 6, checkpoints=Checkpoints(every_steps=180),
     ...                  disturbances=(Outage(name="gpu", per_node_hour=0.001),))

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import NamedTuple
 
-from simulator.strikes import check_whole
+from simulator.stories.strikes import check_whole
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

@@ -7,9 +7,9 @@ from typing import Any, Literal, NamedTuple
 
 import simpy
 
-from simulator.checkpoints import Progress
-from simulator.story import Cause, Phase, PhaseSpan, Story, StorySpec, Strike
-from simulator.strikes import NEVER_NS, Clocks, Outage, Slowdown
+from simulator.stories.checkpoints import Progress
+from simulator.stories.job import Cause, Phase, PhaseSpan, Story, StorySpec, Strike
+from simulator.stories.strikes import NEVER_NS, Clocks, Outage, Slowdown
 
 Process = Generator[simpy.Event, Any, None]
 FixedPhase = Literal["detection", "restart", "maintenance"]

@@ -15,7 +15,7 @@ import numpy as np
 import simpy
 
 from simulator.jitter import MASK, Jitter
-from simulator.strikes import HOUR_NS, Clocks, Outage, check_names, check_whole
+from simulator.stories.strikes import HOUR_NS, Clocks, Outage, check_names, check_whole
 
 Sync = Literal["bsp", "ssp", "asp"]
 """Who waits for whom before a step.

@@ -1,0 +1,1 @@
+"""Long stories, told by SimPy: weeks of one job, hours of a parameter server; events, not tasks."""
