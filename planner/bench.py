@@ -12,7 +12,7 @@ import sys
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ProcessPoolExecutor
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import partial
 from statistics import median
 
@@ -25,12 +25,13 @@ from simulator.engine import simulate, step_ns
 from simulator.event_kernels import run
 from simulator.fabric import star
 from simulator.fold import folded_step
-from simulator.graph import Crossing, OpCosts, TaskGraph
+from simulator.graph import OpCosts, TaskGraph
 from simulator.jitter import Jitter
 from simulator.loop import prepare, wire
 from simulator.network import Link
+from simulator.placement import Placement, place
 from simulator.schedule import Schedule
-from simulator.step import SEND_F, StepTimes, dataflow, lower, step_times
+from simulator.step import StepTimes, dataflow, lower, step_times
 from simulator.walk import walk_step
 
 _ROUNDS = 5
@@ -67,8 +68,8 @@ def bench_engines(on_progress: Callable[[float, str], None] = lambda *_: None) -
         ("a search", _search), ("the event loop", _event_loop), ("start-up", _start_up),
     ]  # fmt: skip
     figures: list[Figure] = []
-    for place, (what, measure) in enumerate(parts):
-        on_progress(place / len(parts), what)
+    for number, (what, measure) in enumerate(parts):
+        on_progress(number / len(parts), what)
         figures += measure()
     walked = next(figure.value for figure in figures if figure.name.startswith("walk, 1F1B"))
     simpy = next(figure.value for figure in figures if figure.name.startswith("SimPy"))
@@ -252,29 +253,18 @@ def _event_loop() -> list[Figure]:
     return figures
 
 
-def shared_pipeline() -> tuple[TaskGraph, OpCosts, list[Link]]:
+def shared_pipeline() -> tuple[TaskGraph, OpCosts, tuple[Link, ...]]:
     """Return 1F1B of 16 stages, each of 8 replicas behind one NIC, as one replica that weighs 8."""
-    num_ranks = 16
-    step = lower(SCHEDULES["1f1b"].build(num_ranks, 64))
-    graph, costs = step.graph, step.costs(uneven_times(num_ranks))
-    is_message = step.part >= SEND_F
-    ends = [(stream.rank, int(stream.name.split()[-1])) for stream in graph.streams[num_ranks:]]
-    path = np.where(is_message, graph.stream - num_ranks, -1).astype(np.int32)
-    shared = replace(
-        graph,
-        path=path,
-        paths=tuple((Crossing(here, 8), Crossing(num_ranks + there, 8)) for here, there in ends),
+    step = lower(SCHEDULES["1f1b"].build(16, 64))
+    forward, backward = 40 * uneven_times(16).ns[:2]
+    times = step_times(
+        16, forward=forward, backward=backward, send_forward=5_000, send_backward=5_000
     )
-    links = [Link(name=f"nic {i % num_ranks}", bytes_per_s=50e9) for i in range(2 * num_ranks)]
-    # Messages of 16 MiB, which the 8 replicas of a stage send at once.
-    return (
-        shared,
-        OpCosts(
-            ns=np.where(is_message, 5_000, 40 * costs.ns),
-            size_bytes=np.where(is_message, 1 << 24, 0),
-        ),
-        links,
-    )
+    placement = Placement(
+        fabric=star([50e9] * 16), ranks=range(16), forward_bytes=1 << 24, backward_bytes=1 << 24,
+        replicas=8,
+    )  # fmt: skip
+    return place(step, step.costs(times), placement)
 
 
 def async_servers() -> tuple[TaskGraph, OpCosts, tuple[Link, ...]]:

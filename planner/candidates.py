@@ -179,7 +179,7 @@ def _pipelines(job: Job, degrees: _Degrees) -> tuple[list[_Pipeline], list[Rejec
                 f"{job.model.num_layers} layers; a stage needs one"
             )
         else:
-            pipelines.append(_Pipeline(count, taken))
+            pipelines += [_Pipeline(count, taken)] if taken else []
             continue
         refused.append(Rejection(layout=f"{degrees},v={count}", rule=rule, reason=reason))
     return pipelines, refused
@@ -206,9 +206,9 @@ def _too_long(
         return None
     stages = f",v={pipeline.stages_per_rank}" if pipeline.stages_per_rank > 1 else ""
     reason = (
-        f"{num_stages} stages and {num_microbatches} micro-batches; a plan writes out the order of "
-        f"each stage, for at most {MAX_STAGES} stages and a product of {MAX_CELLS}: take a larger "
-        "micro-batch"
+        f"{num_microbatches} micro-batches on {num_stages} stages; a plan writes out what each "
+        f"stage does with each, for {MAX_STAGES} stages and {MAX_CELLS} pairs of the two at most; "
+        "take a larger micro-batch"
     )
     return Rejection(
         layout=f"{degrees}{stages},mb={micro_batch}x{num_microbatches}",

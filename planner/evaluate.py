@@ -10,6 +10,7 @@ from planner.lower import predict_order
 from planner.memory import peak_memory
 from planner.orders import NamedOrder, order_of
 from planner.plan import Candidate, PeakMemory
+from planner.synthesis import MAX_BYTES
 from profiles.job import Job
 from profiles.profile import Cost, Profile
 from simulator.schedule import Schedule
@@ -37,11 +38,14 @@ class Basis:
 
 
 def basis_of(job: Job, profile: Profile) -> Basis:
-    """Return the basis of `job` on the machine of `profile`; its smallest rank is the limit."""
+    """Return the basis of `job` on the machine of `profile`.
+
+    The limit is the memory of the smallest rank, but never more than can be counted with.
+    """
     return Basis(
         costs=cost_model(job.model, job.workload, job.stack, profile),
         context_bytes=profile.context_bytes,
-        limit_bytes=min(pool.gpu.memory_bytes for pool in job.cluster.pools),
+        limit_bytes=min(MAX_BYTES, *(pool.gpu.memory_bytes for pool in job.cluster.pools)),
     )
 
 

@@ -67,6 +67,4 @@ class NamedOrder(NamedTuple):
 
 def order_of(layout: Layout) -> NamedOrder:
     """Return the order of a layout whose schedule has a name."""
-    return NamedOrder(
-        layout.schedule, layout.pp, layout.stages_per_rank, layout.num_microbatches
-    )
+    return NamedOrder(layout.schedule, layout.pp, layout.stages_per_rank, layout.num_microbatches)

@@ -1,14 +1,14 @@
 """The search: every layout of the ranks, timed by its full schedule or rejected with a reason."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from functools import cache
+from collections.abc import Mapping
+from dataclasses import dataclass
 
-from planner.candidates import candidates
-from planner.cost import CostModel, cost_model
+from planner.candidates import SYNTHESISED, candidates, schedules_of
+from planner.cost import cost_model
+from planner.evaluate import basis_of, evaluate
 from planner.layout import Layout
-from planner.lower import predict_steps
 from planner.memory import peak_memory
+from planner.orders import order_of
 from planner.plan import (
     PLAN_SCHEMA_VERSION,
     Candidate,
@@ -17,7 +17,7 @@ from planner.plan import (
     Rejection,
     seal,
 )
-from planner.schedules import SCHEDULES
+from planner.refine import NOTHING_REFINED, refine
 from profiles.errors import UnsupportedError
 from profiles.files import digest
 from profiles.job import Job
@@ -33,35 +33,47 @@ class InfeasibleError(ValueError):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class SearchResult:
-    """All layouts that fit, fastest first, and all others with the reason of each."""
+    """All layouts that fit, fastest first, and all others with the reason of each.
+
+    `orders` holds the schedules that were made for a layout; all others are built by their name.
+    """
 
     ranking: tuple[Candidate, ...]
     rejections: tuple[Rejection, ...]
+    orders: Mapping[Layout, Schedule]
+
+    def schedule(self, place: int) -> Schedule:
+        """Return the schedule of a place in the ranking."""
+        layout = self.ranking[place].layout
+        made = self.orders.get(layout)
+        return order_of(layout).whole() if made is None else made
 
 
 def search(job: Job, profile: Profile) -> SearchResult:
     """Return every layout of the job's ranks, timed or rejected.
 
-    Ties go to less memory, then to the layout's text. Raises UnsupportedError for a model that
-    the cost model does not cover, and InfeasibleError when nothing fits.
+    First come the layouts with a named schedule; then, where that is asked for, the best of them
+    with an order of their own. Ties go to less memory, then to the layout's text. Raises
+    UnsupportedError for a model that the cost model does not cover, and InfeasibleError when
+    nothing fits.
     """
     _check_supported(job, profile)
-    costs = cost_model(job.model, job.workload, job.stack, profile)
-    layouts, rejections = candidates(job, costs)
-    limit_bytes = min(pool.gpu.memory_bytes for pool in job.cluster.pools)
+    basis, asked = basis_of(job, profile), schedules_of(job)
+    layouts, rejections = candidates(job, basis.costs)
+    named = evaluate(basis, layouts)
+    refined = refine(basis, named, asked, job.seed) if SYNTHESISED in asked else NOTHING_REFINED
+    rejections += refined.rejections
     ranking, needs = [], []
-    for outcome in _evaluate(job, costs, layouts, profile.context_bytes):
-        if isinstance(outcome, Rejection):
-            rejections.append(outcome)
-        elif outcome.peak_bytes > limit_bytes:
-            needs.append(outcome)
-            rejections.append(_out_of_memory(outcome, limit_bytes))
+    for candidate in (*(c for c in named if c.layout.schedule in asked), *refined.candidates):
+        if candidate.peak_bytes > basis.limit_bytes:
+            needs.append(candidate)
+            rejections.append(_out_of_memory(candidate, basis.limit_bytes))
         else:
-            ranking.append(outcome)
+            ranking.append(candidate)
     if not ranking:
         raise _infeasible(job, rejections, needs)
     ranking.sort(key=lambda c: (c.step.p50_ns, c.peak_bytes, str(c.layout)))
-    return SearchResult(ranking=tuple(ranking), rejections=tuple(rejections))
+    return SearchResult(ranking=tuple(ranking), rejections=tuple(rejections), orders=refined.orders)
 
 
 def make_plan(
@@ -69,7 +81,7 @@ def make_plan(
 ) -> Plan:
     """Return the plan of the `chosen` place of the ranking, sealed."""
     layout = result.ranking[chosen].layout
-    schedule = _build(*_order(layout))
+    schedule = result.schedule(chosen)
     costs = cost_model(job.model, job.workload, job.stack, profile)
     return seal(
         schema_version=PLAN_SCHEMA_VERSION,
@@ -145,45 +157,6 @@ def _check_same_gpu(job: Job, profile: Profile) -> None:
                 f"has {pool.gpu.name}; run `layline profile -o FILE` on one of its nodes and set "
                 "profile to that file"
             )
-
-
-def _evaluate(
-    job: Job, costs: CostModel, layouts: Sequence[Layout], context_bytes: int
-) -> list[Candidate | Rejection]:
-    """Return what becomes of each layout; those that share an order are timed side by side."""
-    stages = cache(costs.stages)
-    groups: dict[tuple[str, int, int, int], list[Layout]] = {}
-    for layout in layouts:
-        groups.setdefault(_order(layout), []).append(layout)
-    outcomes: dict[Layout, Candidate | Rejection] = {}
-    for order, group in groups.items():
-        try:
-            schedule = _build(*order)
-        except ValueError as error:
-            reason = str(error)
-            outcomes |= {
-                layout: Rejection(layout=str(layout), rule="schedule", reason=reason)
-                for layout in group
-            }
-            continue
-        # Costs do not depend on the schedule, so that layouts of several share them.
-        steps = predict_steps(schedule, [stages(replace(each, schedule="")) for each in group])
-        for layout, step in zip(group, steps, strict=True):
-            memory = peak_memory(
-                job.model, job.workload, layout, schedule, job.stack, context_bytes
-            )
-            peak_bytes = max(rank.total for rank in memory)
-            outcomes[layout] = Candidate(layout=layout, step=step, peak_bytes=peak_bytes)
-    return [outcomes[layout] for layout in layouts]
-
-
-def _order(layout: Layout) -> tuple[str, int, int, int]:
-    """Return what the schedule of `layout` depends on."""
-    return layout.schedule, layout.pp, layout.num_microbatches, layout.stages_per_rank
-
-
-def _build(name: str, pp: int, num_microbatches: int, stages_per_rank: int) -> Schedule:
-    return SCHEDULES[name].build(pp, num_microbatches, stages_per_rank)
 
 
 def _out_of_memory(candidate: Candidate, limit_bytes: int) -> Rejection:

@@ -15,9 +15,18 @@ from profiles.workload import DType
 
 MAX_RANKS = 2_000_000
 ScheduleName = Literal[
-    "gpipe", "1f1b", "interleaved", "breadth_first", "zb_h1", "zb_h2", "zb_v", "dual_pipe_v"
+    "gpipe",
+    "1f1b",
+    "interleaved",
+    "breadth_first",
+    "zb_h1",
+    "zb_h2",
+    "zb_v",
+    "dual_pipe_v",
+    "synthesised",
 ]
-"""The schedules of `planner.schedules`, which this package may not import; a test compares them."""
+"""The schedules of `planner.schedules`, which this package may not import, and the one that
+`planner.synthesis` makes for the case at hand; a test compares them."""
 
 # Far above any real value; they keep a slip of the pen from becoming an endless computation.
 Count = Annotated[int, Field(ge=1, le=10**9)]

@@ -22,7 +22,7 @@ def whole_numbers(
     """
     array = np.asarray(values)
     if array.ndim and array.shape != (count,):
-        raise ValueError(f"{array.size} numbers for {count} ops")
+        raise ValueError(f"{array.size} numbers where {count} are due")
     array = np.broadcast_to(array, (count,))
     if array.dtype.kind in "iu":
         good = (array >= 0) & (array <= MAX_NS)
@@ -34,7 +34,7 @@ def whole_numbers(
         place = int(np.argmin(good))
         found = array[place].item() if hasattr(array[place], "item") else array[place]
         raise ValueError(
-            f"op {name_of(place)} {verb} {found!r} {unit}; "
+            f"{name_of(place)} {verb} {found!r} {unit}; "
             f"it must be a whole number from 0 to {MAX_NS}"
         )
     return np.array(array, np.int64)

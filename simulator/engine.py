@@ -19,6 +19,7 @@ from simulator.checks import Int64
 from simulator.graph import KINDS, OpCosts, TaskGraph, op_costs
 from simulator.jitter import Jitter
 from simulator.network import Change, Link, check_network
+from simulator.placement import Placement, place
 from simulator.schedule import Schedule
 from simulator.step import Convention, StepTimes, lower
 from simulator.timeline import Span, Timeline
@@ -100,17 +101,25 @@ def simulate_step(
     lane: int = 0,
     convention: Convention = "eager",
     jitter: Jitter | None = None,
+    placement: Placement | None = None,
     changes: Sequence[Change] = (),
     oracle: bool = False,
 ) -> Simulation:
     """Return when everything in one step of `schedule` happens, for one lane of `times`.
 
-    Raises ValueError for times of another number of stages, and DeadlockError for an order that
+    With a `placement` messages share the links of a fabric: the times of `send_forward` and
+    `send_backward` are then their latency, and their bytes take as long as the links allow.
+
+    Raises ValueError for times or a placement of another size, and DeadlockError for an order that
     blocks itself.
     """
     check_times(schedule, times)
     step = lower(schedule, times.before, times.after, convention)
-    return simulate(step.graph, step.costs(times, lane, jitter), changes=changes, oracle=oracle)
+    graph, costs = step.graph, step.costs(times, lane, jitter)
+    links: tuple[Link, ...] = ()
+    if placement is not None:
+        graph, costs, links = place(step, costs, placement)
+    return simulate(graph, costs, links=links, changes=changes, oracle=oracle)
 
 
 __all__ = ["Simulation", "simulate", "simulate_step", "step_ns"]

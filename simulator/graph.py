@@ -232,9 +232,13 @@ def op_costs(graph: TaskGraph, ns: npt.ArrayLike, size_bytes: npt.ArrayLike = 0)
     Raises ValueError that names the op for a number that is not whole, negative, not finite or too
     large, and for bytes without a path.
     """
+
+    def name(op_id: int) -> str:
+        return f"op {graph.label(op_id)}"
+
     costs = OpCosts(
-        ns=whole_numbers(ns, len(graph), graph.label, "takes", "ns"),
-        size_bytes=whole_numbers(size_bytes, len(graph), graph.label, "moves", "bytes"),
+        ns=whole_numbers(ns, len(graph), name, "takes", "ns"),
+        size_bytes=whole_numbers(size_bytes, len(graph), name, "moves", "bytes"),
     )
     stray = np.flatnonzero((costs.size_bytes > 0) & (graph.path < 0))
     if len(stray):

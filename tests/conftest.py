@@ -1,4 +1,4 @@
-"""What holds for every test: none fails for being slow, since the first call of a kernel compiles."""
+"""What holds for every test: none fails for being slow, since a first call may compile."""
 
 from hypothesis import settings
 

@@ -1,6 +1,7 @@
 """The engines: closed forms, agreement on random graphs, and what is refused."""
 
 from itertools import pairwise
+from typing import Any
 
 import numpy as np
 import pytest
@@ -14,15 +15,15 @@ from simulator.network import CapacityChange, Link, SpeedChange
 from tests.graphs import Drawn, graphs
 
 
-def op(op_id: int, rank: int = 0, **more: object) -> Op:
-    fields = {"id": op_id, "rank": rank, "stream": "compute", "name": f"op{op_id}", "kind": "other"}
-    return Op(**(fields | more))  # type: ignore[arg-type]
+def op(op_id: int, rank: int = 0, **more: Any) -> Op:
+    fields: dict[str, Any] = {"id": op_id, "rank": rank, "stream": "compute", "name": f"op{op_id}", "kind": "other"}
+    return Op(**(fields | more))
 
 
 @settings(max_examples=500)
 @given(graphs(can_block=True, queues=True))
 def test_engines_agree_to_the_nanosecond(drawn: Drawn) -> None:
-    outcomes = []
+    outcomes: list[object] = []
     for oracle in (False, True):
         try:
             run = simulate(drawn.graph, drawn.costs, oracle=oracle)
@@ -65,7 +66,7 @@ def test_a_meet_starts_with_its_last_member() -> None:
 
 
 def test_a_queue_serves_by_arrival_then_by_id() -> None:
-    queue = {"stream": "server", "rank": 9, "is_queued": True}
+    queue: dict[str, Any] = {"stream": "server", "rank": 9, "is_queued": True}
     ops = (
         op(0), op(1, rank=1), op(2, rank=2),
         op(3, deps=(2,), **queue), op(4, deps=(1,), **queue), op(5, deps=(0,), **queue),

@@ -4,7 +4,7 @@ import os
 import subprocess
 import sys
 from pathlib import Path
-from typing import get_args
+from typing import Any, get_args
 
 import numpy as np
 import pytest
@@ -14,8 +14,10 @@ from hypothesis import strategies as st
 from planner.schedules import SCHEDULES
 from simulator.deadlock import DeadlockError
 from simulator.engine import simulate_step, step_ns
+from simulator.fabric import star
 from simulator.fold import folded_step
 from simulator.jitter import Jitter, draws, quantile_table, scaled
+from simulator.placement import Placement
 from simulator.schedule import Schedule, parse_schedule
 from simulator.step import Convention, StepTimes, lower, step_times
 from simulator.walk import LANES, walk_step
@@ -133,9 +135,7 @@ def test_rendezvous_waits_for_the_receiver() -> None:
     eager, meeting = (
         simulate_step(schedule, times, convention=convention) for convention in CONVENTIONS
     )
-    starts = [
-        {span.name: span.start_ns for span in run.timeline.spans} for run in (eager, meeting)
-    ]
+    starts = [{span.name: span.start_ns for span in run.timeline.spans} for run in (eager, meeting)]
     assert [start["0F1 to 1"] for start in starts] == [20, 65]
     assert [start["1F1"] for start in starts] == [65, 70]
 
@@ -216,9 +216,7 @@ def test_a_schedule_of_a_billion_ranks_is_refused_at_once() -> None:
 
 
 def test_without_compilation_the_same() -> None:
-    code = (
-        "from tests.test_simulator_walk import compiled_and_plain; print(compiled_and_plain())"
-    )
+    code = "from tests.test_simulator_walk import compiled_and_plain; print(compiled_and_plain())"
     plain = subprocess.run(
         [sys.executable, "-c", code], capture_output=True, text=True, check=True,
         cwd=Path(__file__).parent.parent, env=os.environ | {"NUMBA_DISABLE_JIT": "1"},
@@ -236,3 +234,31 @@ def compiled_and_plain() -> list[int]:
         found.append(simulate_step(schedule, times, convention=convention).makespan_ns)
         found.append(walk_step(schedule, times, 1, convention).makespan_ns)
     return [int(value) for value in found]
+
+
+def test_replicas_behind_one_nic_wait_for_it_together() -> None:
+    # Two ranks, one message of 1,000 bytes at 1 byte/ns after 5 ns of latency; with 4 replicas
+    # behind the same NICs everything on the links takes 4 times as long.
+    schedule = parse_schedule("0F0 0B0\n1F0 1B0")
+    times = step_times(2, forward=10, backward=20, send_forward=5, send_backward=5)
+    for replicas, flow_ns in ((1, 1000), (4, 4000)):
+        placement = Placement(
+            fabric=star([1e9, 1e9]), ranks=(0, 1), forward_bytes=1000, backward_bytes=[0, 500],
+            replicas=replicas,
+        )  # fmt: skip
+        for oracle in (False, True):
+            run = simulate_step(schedule, times, placement=placement, oracle=oracle)
+            assert run.makespan_ns == 10 + 5 + flow_ns + 30 + 5 + flow_ns // 2 + 20
+
+
+def test_a_placement_must_fit() -> None:
+    schedule, times = parse_schedule("0F0 0B0\n1F0 1B0"), step_times(2, forward=1, backward=1)
+    fits: dict[str, Any] = {"ranks": (0, 1), "forward_bytes": 1, "backward_bytes": 1}
+    for wrong, message in (
+        ({"ranks": (0, 0)}, r"placement.ranks is \[0, 0\]; it needs 2 different ranks"),
+        ({"replicas": 0}, "placement.replicas is 0"),
+        ({"forward_bytes": [1, float("nan")]}, "the forward message of stage 1 has nan bytes"),
+    ):
+        placement = Placement(fabric=star([1e9, 1e9]), **(fits | wrong))
+        with pytest.raises(ValueError, match=message):
+            simulate_step(schedule, times, placement=placement)
