@@ -9,7 +9,7 @@ from typing import Any, Protocol
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
-from torch.distributed import ProcessGroup
+from torch.distributed import P2POp, ProcessGroup
 from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining.schedules import _PipelineScheduleRuntime
 from torch.distributed.tensor import DTensor
@@ -122,6 +122,14 @@ class _TimedStage(PipelineStage):
         start = self.recorder.mark()
         super().backward_weight_one_chunk(*args, **kwargs)
         self.recorder.add("backward", start, Action(self.stage_index, "W", args[0]))
+
+    def _get_init_p2p_neighbors_ops(self) -> list[P2POp]:
+        """Return the messages that warm up the links to the neighbours on other ranks.
+
+        PyTorch before 2.13 also sends one from a rank to itself, on which gloo fails.
+        """
+        messages: list[P2POp] = super()._get_init_p2p_neighbors_ops()
+        return [message for message in messages if message.group_peer != self.group_rank]
 
 
 class PipelineRunner:
