@@ -2,8 +2,9 @@
 
 * How long is one step of a schedule, for many candidates or many draws of chance? `step_ns`: the
   compiled walk (tier 1), no graph built.
-* When does everything in one step happen, also when a rank is slow? `simulate_step`; or in any
-  graph, with shared links, degraded links, queues? `simulate`: the compiled event loop (tier 2).
+* When does everything in one step happen? `simulate_step`: the walk again; with shared links,
+  degraded links or slow ranks the compiled event loop (tier 2).
+* When does everything in any graph happen, queues and collectives too? `simulate`: the event loop.
 * The same, told by SimPy in other words: `oracle=True` (tier 3). All agree to the nanosecond.
 * What do weeks of failures, restarts and checkpoints do to a run? `simulator.stories.job` (tier 3).
 """
@@ -23,7 +24,7 @@ from simulator.placement import Placement, place
 from simulator.schedule import Schedule
 from simulator.step import Convention, StepTimes, lower
 from simulator.timeline import Span, Timeline
-from simulator.walk import check_times, step_ns
+from simulator.walk import check_times, ends_of_ops, step_ns, walk_step
 
 
 @dataclass(frozen=True, kw_only=True, eq=False)
@@ -116,10 +117,13 @@ def simulate_step(
     check_times(schedule, times)
     step = lower(schedule, times.before, times.after, convention)
     graph, costs = step.graph, step.costs(times, lane, jitter)
-    links: tuple[Link, ...] = ()
     if placement is not None:
         graph, costs, links = place(step, costs, placement)
-    return simulate(graph, costs, links=links, changes=changes, oracle=oracle)
+        return simulate(graph, costs, links=links, changes=changes, oracle=oracle)
+    if changes or oracle:
+        return simulate(graph, costs, changes=changes, oracle=oracle)
+    ends = ends_of_ops(walk_step(schedule, times, lane, convention, jitter), step, costs)
+    return Simulation(graph=graph, starts_ns=ends - costs.ns, ends_ns=ends)
 
 
 __all__ = ["Simulation", "simulate", "simulate_step", "step_ns"]

@@ -86,8 +86,8 @@ def perfetto_trace(timelines: Sequence[Timeline], *, overlays: Sequence[Overlay]
 def _events(line: Timeline, shown: Overlay, numbers: Iterator[int]) -> Iterator[Event]:
     """Yield the events of one timeline.
 
-    Spans come before arrows: at equal times the viewer takes events in the order of the file, and an arrow
-    binds to the span that is open on its thread at that moment.
+    Spans come before arrows: at equal times the viewer takes events in the order of the file, and
+    an arrow binds to the span that is open on its thread at that moment.
     """
     streams: dict[int, list[str]] = {}
     for rank, stream in sorted({(span.rank, span.stream) for span in line.spans}):
@@ -95,10 +95,10 @@ def _events(line: Timeline, shown: Overlay, numbers: Iterator[int]) -> Iterator[
     tracks: dict[tuple[int, str], Event] = {}
     for rank in sorted({*line.ranks, *shown.memory}):
         process = _process(numbers)
-        yield _name("process_name", process, f"rank {rank} ({line.source})")
+        yield from _shown_as(process, f"rank {rank} ({line.source})")
         for stream in streams.get(rank, []):
             tracks[rank, stream] = {**process, "tid": next(numbers)}
-            yield _name("thread_name", tracks[rank, stream], stream)
+            yield _told("thread_name", tracks[rank, stream], name=stream)
         if rank in shown.memory:
             yield from _memory(process, shown.memory[rank])
     for span in line.spans:
@@ -106,8 +106,8 @@ def _events(line: Timeline, shown: Overlay, numbers: Iterator[int]) -> Iterator[
     if shown.critical:
         process = _process(numbers)
         track = {**process, "tid": next(numbers)}
-        yield _name("process_name", process, f"critical path ({line.source})")
-        yield _name("thread_name", track, "critical path")
+        yield from _shown_as(process, f"critical path ({line.source})")
+        yield _told("thread_name", track, name="critical path")
         for place in shown.critical:
             span = line.spans[place]
             yield _complete(track, span, f"{span.name} (rank {span.rank})")
@@ -122,8 +122,17 @@ def _process(numbers: Iterator[int]) -> Event:
     return {"pid": number, "tid": number}
 
 
-def _name(what: str, track: Event, name: str) -> Event:
-    return {"ph": "M", **track, "name": what, "args": {"name": name}}
+def _shown_as(process: Event, name: str) -> Iterator[Event]:
+    """Yield the name of a process and its place: processes stand in the order of their numbers.
+
+    Without a place Perfetto puts those with more spans first; versions before 53 always do.
+    """
+    yield _told("process_name", process, name=name)
+    yield _told("process_sort_index", process, sort_index=process["pid"])
+
+
+def _told(what: str, track: Event, **args: str | int) -> Event:
+    return {"ph": "M", **track, "name": what, "args": args}
 
 
 def _complete(track: Event, span: Span, name: str) -> Event:

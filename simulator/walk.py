@@ -12,10 +12,19 @@ import numpy.typing as npt
 
 from simulator.checks import Int64
 from simulator.deadlock import DeadlockError
+from simulator.graph import OpCosts
 from simulator.jitter import MASK, STRIDE, Jitter, mix
 from simulator.loop import wire
 from simulator.schedule import Schedule
-from simulator.step import Convention, StepTimes, dataflow, lower
+from simulator.step import (
+    SEND_B,
+    SEND_F,
+    Convention,
+    LoweredStep,
+    StepTimes,
+    dataflow,
+    lower,
+)
 from simulator.walk_kernels import UNKNOWN, follow, walk
 
 LANES = 16
@@ -118,6 +127,27 @@ def step_ns(
         for start in range(1, times.num_lanes, LANES)
     ]
     return np.concatenate([np.array([first.makespan_ns]), *rest])
+
+
+def ends_of_ops(walked: Walk, step: LoweredStep, costs: OpCosts) -> Int64:
+    """Return the end of each op [N] of the graph of a walked step."""
+    ends = np.zeros(len(step.graph), np.int64)
+    is_message = (step.part == SEND_F) | (step.part == SEND_B)
+    way = step.part[is_message] - SEND_F
+    reader = step.stage[is_message] + 1 - 2 * way
+    ends[is_message] = walked.inputs_ns[way, reader, step.microbatch[is_message]]
+    ends[step.action_op] = walked.action_ends_ns
+    # What is left stands before the first action of a rank or behind its last one.
+    is_action = np.zeros(len(ends), np.bool_)
+    is_action[step.action_op] = True
+    stream = step.graph.stream
+    for rank in np.unique(stream[~is_message]).tolist():
+        ops = np.flatnonzero((stream == rank) & ~is_message)
+        first, last = np.flatnonzero(is_action[ops])[[0, -1]].tolist()
+        before, after = ops[:first], ops[last + 1 :]
+        ends[before] = np.cumsum(costs.ns[before])
+        ends[after] = ends[ops[last]] + np.cumsum(costs.ns[after])
+    return ends
 
 
 def check_times(schedule: Schedule, times: StepTimes) -> None:

@@ -11,10 +11,12 @@ from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
+import numpy as np
 import pytest
 
 from planner.schedules import SCHEDULES
 from planner.schedules.torch_csv import from_torch_csv
+from planner.synthesis import ActivationCap, synthesise
 from simulator.engine import simulate_step
 from simulator.schedule import Schedule
 from simulator.step import step_times
@@ -39,9 +41,26 @@ def read_by_torch(schedule: Schedule) -> Order:
 @pytest.mark.parametrize(("p", "m"), SIZES)
 @pytest.mark.parametrize("name", NAMES)
 def test_torch_reads_lowers_and_runs_every_schedule(name: str, p: int, m: int) -> None:
-    schedule = SCHEDULES[name].build(p, m)
+    accept(SCHEDULES[name].build(p, m))
+
+
+@pytest.mark.parametrize("seed", range(4))
+def test_torch_accepts_what_is_synthesised(seed: int) -> None:
+    rng = np.random.default_rng(seed)
+    homes = ((0, 1, 2, 3), (0, 1, 2, 0, 1, 2), (0, 1, 2, 2, 1, 0), (0, 1))[seed]
+    forward, weight, send = rng.integers(5, 50, (3, len(homes)))
+    times = step_times(
+        len(homes), forward=forward, backward=forward + weight, weight=weight, send_forward=send,
+        send_backward=send,
+    )  # fmt: skip
+    cap = ActivationCap(activation_bytes=(1,) * len(homes), cap_bytes=(5,) * (max(homes) + 1))
+    accept(synthesise(times, 7, homes=homes, cap=cap, num_trials=100))
+
+
+def accept(schedule: Schedule) -> None:
+    """Let PyTorch read, lower and run `schedule`; its own deadlock check raises in the last."""
     order = read_by_torch(schedule)
-    homes = schedule.homes.tolist()
+    homes, p, m = schedule.homes.tolist(), schedule.num_ranks, schedule.num_microbatches
     assert torch_schedules._validate_schedule(order, p, schedule.num_stages, m) == dict(
         enumerate(homes)
     )
@@ -50,7 +69,6 @@ def test_torch_reads_lowers_and_runs_every_schedule(name: str, p: int, m: int) -
     with_messages = torch_schedules._add_send_recv(order, homes.__getitem__, schedule.num_stages)
     num_hops = sum(a != b for a, b in pairwise(homes))
     assert sum(map(len, with_messages.values())) == num_actions + 4 * m * num_hops
-    # Its deadlock check: raises if the ranks block each other.
     steps = torch_schedules._simulate_comms_compute(
         with_messages, homes.__getitem__, schedule.num_stages
     )
