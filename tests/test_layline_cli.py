@@ -114,7 +114,9 @@ def test_interleaved_stages_from_job_to_trace(call: Call) -> None:
     peaks = [max(alive for _, alive in told["memory"][rank]) for rank in sorted(told["memory"])]
     assert peaks == [memory.total for memory in plan.memory]
     events = json.loads(gzip.decompress(Path("trace.json.gz").read_bytes()))["traceEvents"]
-    names = {event["args"]["name"] if event["ph"] == "M" else event["name"] for event in events}
+    names = {
+        event["args"].get("name") if event["ph"] == "M" else event["name"] for event in events
+    }
     assert {"0F0", f"{plan.layout.num_stages - 1}B0", "memory", "critical path"} <= names
     reported = call("report", "plan.json", "-o", "report.html")
     assert reported.exit_code == 0, reported.output

@@ -90,7 +90,7 @@ def test_every_span_is_there_with_integer_ids() -> None:
         ("0F0 to 1", 1.5, 0.2),
         ("1F0", 1.7, 1.3),
     ]
-    names = {event["args"]["name"] for event in events if event["ph"] == "M"}
+    names = {event["args"]["name"] for event in events if event["name"].endswith("_name")}
     assert names == {"rank 0 (simulated)", "rank 1 (simulated)", "compute", "to 1"}
 
 
@@ -110,16 +110,19 @@ def test_the_trace_of_a_message_is_this_text() -> None:
     ]
     assert lines == [
         "M 1.1 process_name {'name': 'rank 0 (simulated)'}",
+        "M 1.1 process_sort_index {'sort_index': 1}",
         "M 1.2 thread_name {'name': 'compute'}",
         "M 1.3 thread_name {'name': 'to 1'}",
         "C 1.1 memory @0.0 {'bytes': 5}",
         "C 1.1 memory @1234.567 {'bytes': 1099511627776}",
         "M 4.4 process_name {'name': 'rank 1 (simulated)'}",
+        "M 4.4 process_sort_index {'sort_index': 4}",
         "M 4.5 thread_name {'name': 'compute'}",
         "X 1.2 0F0 @0.0",
         "X 1.3 0F0 to 1 @1.5",
         "X 4.5 1F0 @1.7",
         "M 6.6 process_name {'name': 'critical path (simulated)'}",
+        "M 6.6 process_sort_index {'sort_index': 6}",
         "M 6.7 thread_name {'name': 'critical path'}",
         "X 6.7 0F0 to 1 (rank 0) @1.5",
         "X 6.7 1F0 (rank 1) @1.7",
@@ -137,6 +140,8 @@ def test_timelines_stand_side_by_side_and_share_no_number() -> None:
     assert list(processes) == [
         f"rank {rank} ({source})" for source in ("simulated", "measured") for rank in (0, 1)
     ]
+    places = [e["args"]["sort_index"] for e in events if e["name"] == "process_sort_index"]
+    assert places == list(processes.values()) == sorted(places)
     threads = Counter(event["tid"] for event in events if event["name"] == "thread_name")
     assert set(threads.values()) == {1}
     assert not threads.keys() & set(processes.values())
