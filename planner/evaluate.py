@@ -58,8 +58,8 @@ def evaluate(basis: Basis, layouts: Sequence[Layout]) -> list[Candidate]:
         groups.setdefault(order_of(layout), []).append(layout)
     timed: dict[Layout, Candidate] = {}
     for order, group in groups.items():
-        steps = predict_order(order, [stages(replace(each, schedule="")) for each in group])
         sample = order.sample()
+        steps = predict_order(order, sample, [stages(replace(each, schedule="")) for each in group])
         for layout, step in zip(group, steps, strict=True):
             timed[layout] = basis.candidate(layout, sample, step)
     return [timed[layout] for layout in layouts]

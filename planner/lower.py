@@ -68,9 +68,13 @@ def predict_steps(schedule: Schedule, candidates: Sequence[Sequence[StageCost]])
     return _bands(step_ns(schedule, stage_times(schedule, candidates)).tolist(), candidates)
 
 
-def predict_order(order: NamedOrder, candidates: Sequence[Sequence[StageCost]]) -> list[Cost]:
-    """Return what `predict_steps` returns of the whole order; a long one is folded, not walked."""
-    sample = order.sample()
+def predict_order(
+    order: NamedOrder, sample: Schedule, candidates: Sequence[Sequence[StageCost]]
+) -> list[Cost]:
+    """Return what `predict_steps` returns of a whole order, from its sample.
+
+    A long order is folded, and walked only where nothing certifies that it repeats.
+    """
     if not order.is_long:
         return predict_steps(sample, candidates)
     times, build = stage_times(sample, candidates), cache(order.build)

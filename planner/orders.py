@@ -9,11 +9,11 @@ from simulator.schedule import Schedule
 MAX_CELLS = 1 << 19
 """Stages times micro-batches of a plan, at most: 64 ranks of 4 stages with 2,048 micro-batches.
 
-A plan writes out two or three actions a cell. At this size that is a file of about 10 MB and some
-ten million bytes of text to digest; drawing such a step takes half a minute and a few GB.
+A plan writes out two or three actions for each. Here that is a file of 8 to 12 MB; the timeline of
+such a step takes half a minute and more than 1 GB, its trace three times as much.
 """
 LONG = 512
-"""Times the warm-up, from which on a step is folded: a shorter one is walked sooner than that."""
+"""Times its warm-up, from which on a step is folded; a shorter one is walked in less time."""
 
 
 class NamedOrder(NamedTuple):

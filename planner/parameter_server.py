@@ -214,7 +214,7 @@ class _Names(Sequence[str]):
         if isinstance(op_id, slice):
             return [self[i] for i in range(*op_id.indices(len(self)))]
         step = self._step
-        number, place = divmod(op_id, step.num_ops)
+        number, place = divmod(range(len(self))[op_id], step.num_ops)
         if place < step.push[0, 0]:
             return f"step {number}"
         if place < step.update[0, 0]:

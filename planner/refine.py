@@ -81,8 +81,8 @@ def refine(basis: Basis, named: Sequence[Candidate], asked: Sequence[str], seed:
             continue
         work -= case.num_actions * (NUM_BEGUN + num_trials)
         best, schedule = _made(basis, case, num_trials, seed)
-        ns = best.step.p50_ns
-        if ns < fastest_ns.get(_pipeline(case.layout), ns + 1):
+        to_beat_ns = fastest_ns.get(_pipeline(case.layout))
+        if to_beat_ns is None or best.step.p50_ns < to_beat_ns:
             found.append(best)
             orders[case.layout] = schedule
     return Refined((*found, *needs), tuple(rejections), orders)
@@ -185,10 +185,12 @@ def _made(basis: Basis, case: _Case, num_trials: int, seed: int) -> tuple[Candid
 
 
 def _too_long(case: _Case) -> Rejection:
-    most = MAX_WORK // NUM_BEGUN
     return Rejection(
         layout=str(case.layout),
         rule="length",
-        reason=f"up to {case.num_actions} actions are too many to make an order for, with "
-        f"{most} for all pipelines; take a larger micro-batch",
+        reason=(
+            f"an order of its own has up to {case.num_actions} actions to put in place; the best "
+            f"{NUM_REFINED} pipelines may have {MAX_WORK // NUM_BEGUN} together; take a larger "
+            "micro-batch"
+        ),
     )

@@ -16,7 +16,7 @@ from simpy.events import EventPriority
 
 from simulator.checks import Int64
 from simulator.deadlock import deadlock, stalled
-from simulator.graph import OpCosts, TaskGraph
+from simulator.graph import OpCosts, TaskGraph, op_costs
 from simulator.network import CapacityChange, Change, Link
 
 Play = Generator[simpy.Event, object, None]
@@ -42,6 +42,8 @@ def run_oracle(
     story = _Story(graph, costs, links, changes)
     story.env.run()
     if never_ended := np.flatnonzero((story.starts >= 0) & (story.ends < 0)).tolist():
+        # A ring of ops would block in any weather, and is named first.
+        run_oracle(graph, op_costs(graph, 0), links, ())
         raise stalled(graph, never_ended)
     if (story.starts < 0).any():
         raise deadlock(graph, story.starts)

@@ -10,6 +10,7 @@ from simulator.network import CapacityChange, Change, Link, SpeedChange
 NUM_RANKS = 3
 LAST_CHANGE_NS = 80
 RATES_PER_S = (0.3e9, 0.5e9, 1e9, 2e9, 3e9, 7e9)
+BACK = st.lists(st.integers(0, 29), max_size=3)
 SPEEDS = (0.1, 0.5, 0.75, 1.0, 1.0, 3.0)
 
 
@@ -44,11 +45,14 @@ def graphs(
     links = tuple(Link(name=f"link {i}", bytes_per_s=rate) for i, rate in enumerate(rates))
     places = draw(st.lists(st.sampled_from(_streams(queues)), min_size=num_ops, max_size=num_ops))
     meets = _meets(draw, places, can_block)
+    back = draw(st.lists(BACK, min_size=num_ops, max_size=num_ops))
+    path = _paths(len(links)) if flows else st.just(())
+    paths = draw(st.lists(path, min_size=num_ops, max_size=num_ops))
     ops = []
     for op_id, (rank, stream) in enumerate(places):
         lowest_of_meet = meets.index(meets[op_id]) if meets[op_id] >= 0 else op_id
         last = num_ops - 1 if can_block and _rarely(draw) else lowest_of_meet - 1
-        deps = draw(st.sets(st.integers(0, last), max_size=3)) if last >= 0 else set()
+        deps = {last - steps % (last + 1) for steps in back[op_id]} if last >= 0 else set()
         ops.append(
             Op(
                 id=op_id,
@@ -58,7 +62,7 @@ def graphs(
                 kind="other",
                 deps=tuple(sorted(deps - {op_id})),
                 meet=meets[op_id],
-                path=draw(_paths(len(links))) if links else (),
+                path=paths[op_id],
                 is_queued=stream == "queue",
             )
         )

@@ -64,9 +64,8 @@ def tiny_plan(
 ) -> Plan:
     """Return a sealed plan of `layout`; `changed` replaces whole sections."""
     layout = layout or tiny_layout()
-    schedule = SCHEDULES[layout.schedule].build(
-        layout.pp, layout.num_microbatches, layout.stages_per_rank
-    )
+    sizes = layout.pp, layout.num_microbatches, layout.stages_per_rank
+    family = SCHEDULES.get(layout.schedule)  # None: the order is among `changed`
     costs = StageCost(
         forward=COST, backward=COST, weight=COST, send_forward=COST, send_backward=COST,
         all_reduce=COST, optimizer=COST, other=COST, wait=COST, tensor_parallel_forward_ns=0,
@@ -90,7 +89,7 @@ def tiny_plan(
             path="", digest="", device=device, versions={}, measured_at="2026-01-01T00:00:00Z"
         ),
         "layout": layout,
-        "schedule": tuple(str(schedule).splitlines()),
+        "schedule": tuple(str(family.build(*sizes)).splitlines()) if family else (),
         "costs": (costs,) * layout.num_stages,
         "memory": (memory,) * layout.pp,
         "step": COST,

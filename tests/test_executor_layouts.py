@@ -22,15 +22,26 @@ LOSS_TOLERANCE = 1e-4
 GRADIENT_TOLERANCE = 1e-5
 BATCH = 4
 OVERLAPPED = tiny_stack(overlaps_gradients=True)
+# Neighbouring stages on one rank, whole and split backwards, weight halves late and out of turn.
+BY_HAND = (
+    "0F0 1F0 0F1 1F1 0F2 1F2 0F3 1F3 1B0 0B0 1I1 0I1 1I2 1W1 0B2 0W1 1B3 0I3 0W3 1W2",
+    "2F0 3F0 3B0 2B0 2F1 3F1 3I1 2I1 2F2 3F2 3W1 3I2 2I2 2W2 2W1 3W2 2F3 3F3 3B3 2B3",
+)
+
+
+def looped(name: str, dp: int = 1, tp: int = 1) -> Layout:
+    """Return a layout of two pipeline ranks with two stages each."""
+    return tiny_layout(dp=dp, tp=tp, pp=2, schedule=name, stages_per_rank=2, global_batch=BATCH)
+
+
 PLANS = {
     2: [
-        tiny_plan(tiny_layout(pp=2, schedule="interleaved", stages_per_rank=2, global_batch=BATCH)),
-        tiny_plan(tiny_layout(pp=2, schedule="breadth_first", stages_per_rank=2, global_batch=BATCH)),
+        tiny_plan(looped("interleaved")),
+        tiny_plan(looped("breadth_first")),
+        tiny_plan(looped("zb_v")),
+        tiny_plan(looped("dual_pipe_v")),
+        tiny_plan(looped("synthesised"), schedule=BY_HAND),
         tiny_plan(tiny_layout(pp=2, schedule="zb_h1", global_batch=BATCH)),
-        tiny_plan(tiny_layout(pp=2, schedule="zb_h2", global_batch=BATCH)),
-        tiny_plan(tiny_layout(pp=2, schedule="zb_v", stages_per_rank=2, global_batch=BATCH)),
-        tiny_plan(tiny_layout(pp=2, schedule="dual_pipe_v", stages_per_rank=2, global_batch=BATCH)),
-        tiny_plan(tiny_layout(tp=2, schedule="zb_h1", global_batch=BATCH)),
     ],
     4: [
         tiny_plan(tiny_layout(dp=4, global_batch=BATCH)),
@@ -40,6 +51,9 @@ PLANS = {
         tiny_plan(tiny_layout(dp=2, pp=2, global_batch=BATCH)),
         tiny_plan(tiny_layout(dp=2, pp=2, global_batch=BATCH), stack=OVERLAPPED),
         tiny_plan(tiny_layout(tp=2, pp=2, global_batch=BATCH)),
+        tiny_plan(looped("interleaved", dp=2)),
+        tiny_plan(looped("zb_v", dp=2), stack=OVERLAPPED),
+        tiny_plan(looped("zb_v", tp=2)),
     ],
     8: [tiny_plan(tiny_layout(dp=2, tp=2, pp=2, global_batch=BATCH), stack=OVERLAPPED)],
 }

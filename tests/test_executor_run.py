@@ -13,11 +13,13 @@ import psutil
 import pytest
 
 from executor.run import check_runnable, run_plans
+from planner.lower import simulate_plan
 from planner.plan import Plan, save_plan
 from planner.record import RunRecord, StepRecord, load_run
 from profiles.errors import InvalidInputError, UnsupportedError
 from profiles.measure.ranks import RanksFailedError
 from profiles.workload import Workload
+from reports.compare import compare
 from tests.plans import TINY, tiny_cluster, tiny_layout, tiny_plan
 
 ROOT = Path(__file__).parent.parent
@@ -28,15 +30,14 @@ UNSUPPORTED = {
     "vocab is 255": tiny_plan(model=replace(TINY, vocab=255)),
     "num_kv_heads": tiny_plan(tiny_layout(tp=4)),
     "model.ffn": tiny_plan(tiny_layout(tp=2), replace(TINY, ffn=129)),
-    "split backward 0I0": tiny_plan(schedule=("0F0 0I0 0W0" + "".join(
-        f" 0F{i} 0B{i}" for i in range(1, 8)),)),
+    "with layout.pp 1 one stage": tiny_plan(tiny_layout(schedule="zb_v", stages_per_rank=2)),
     "out of order": tiny_plan(schedule=("0F1 0F0 0B0 0B1" + "".join(
         f" 0F{i} 0B{i}" for i in range(2, 8)),)),
-    "one stage a rank": tiny_plan(schedule=("0F0 0B0",)),
 }  # fmt: skip
 INVALID = {
     "stage_layers": tiny_plan(model=replace(TINY, num_layers=5)),
     "global_batch": tiny_plan(workload=Workload(seq_len=32, global_batch=9)),
+    "has 1 stages, 1 pipeline ranks and 1 micro-batches": tiny_plan(schedule=("0F0 0B0",)),
     "needs 4 ranks": tiny_plan(tiny_layout(dp=4), cluster=tiny_cluster(2)),
 }
 
@@ -85,7 +86,11 @@ def listening(process: psutil.Process) -> set[str]:
 
 
 NUM_STEPS = 8
-PLANS = (tiny_plan(tiny_layout(dp=2)), tiny_plan(tiny_layout(pp=2, global_batch=4)))
+PLANS = (
+    tiny_plan(tiny_layout(dp=2)),
+    tiny_plan(tiny_layout(pp=2, global_batch=4)),
+    tiny_plan(tiny_layout(pp=2, schedule="zb_v", stages_per_rank=2, global_batch=4)),
+)
 
 
 class Runs(NamedTuple):
@@ -145,6 +150,20 @@ def test_a_timeline_holds_the_actions_of_the_schedule(runs: Runs, index: int) ->
         kinds = {"forward", "backward", "optimizer", "data", "other"}
         assert record.kind_ns[rank].keys() == kinds | ({"all_reduce"} if index == 0 else set())
     assert record.timeline.makespan_ns < 2 * max(step.step_ns for step in record.steps)
+
+
+@pytest.mark.dist
+@pytest.mark.parametrize("index", range(len(PLANS)))
+def test_a_run_can_be_laid_over_its_prediction(runs: Runs, index: int) -> None:
+    record, plan = runs.records[index], PLANS[index]
+    predicted = simulate_plan(plan)
+    for found in compare(plan, record, predicted).ranks:
+        pipeline_rank = plan.layout.place(found.rank).pp
+        assert found.stages == plan.stages_of(pipeline_rank)
+        measured = {span.name for span in record.timeline.spans if span.rank == found.rank}
+        actions = {str(action) for action in plan.parsed_schedule().ranks[pipeline_rank]}
+        assert actions <= measured
+        assert actions <= {span.name for span in predicted.spans if span.rank == pipeline_rank}
 
 
 def failing_plan() -> Plan:

@@ -8,6 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from planner.candidates import SYNTHESISED
 from planner.cost import cost_model
 from planner.kernels import StageShape, layer_backward, layer_forward, stage_parameters
 from planner.layout import RUNNABLE_SCHEDULES, Layout
@@ -21,6 +22,7 @@ from planner.lower import (
     stage_times,
 )
 from planner.memory import layer_activation_bytes, peak_activations, peak_memory
+from planner.orders import MAX_CELLS
 from planner.partition import balanced_stages
 from planner.plan import StageCost, load_plan, save_plan
 from planner.schedules import SCHEDULES
@@ -40,6 +42,7 @@ from tests.machine import FLOPS_PER_NS, RATE_BYTES_PER_NS, TINY, made_up_job, ma
 
 PROFILE = made_up_profile(num_ranks=8)
 CUDA_PROFILE = replace(PROFILE, device=replace(PROFILE.device, kind="cuda"))
+ONE_STAGE_A_RANK = SearchLimits(schedule=("1f1b", "gpipe"))
 
 
 def job(**changes: object) -> Job:
@@ -137,8 +140,8 @@ def test_a_step_has_three_lanes_a_candidate_and_host_work_once_a_rank() -> None:
 
 
 def test_every_named_schedule_is_in_the_job_file_and_the_other_way_round() -> None:
-    assert set(get_args(ScheduleName)) == set(SCHEDULES)
-    assert set(RUNNABLE_SCHEDULES) <= set(SCHEDULES)
+    assert set(get_args(ScheduleName)) == {*SCHEDULES, SYNTHESISED}
+    assert set(RUNNABLE_SCHEDULES) <= set(get_args(ScheduleName))
 
 
 def elsewhere(**limits: object) -> Job:
@@ -172,7 +175,7 @@ def test_here_only_what_can_be_run_is_searched_elsewhere_all() -> None:
     here = search(job(), PROFILE)
     assert {c.layout.schedule for c in here.ranking} == set(RUNNABLE_SCHEDULES)
     there = search(elsewhere(), CUDA_PROFILE)
-    assert {c.layout.schedule for c in there.ranking} == set(SCHEDULES)
+    assert {c.layout.schedule for c in there.ranking} == {*SCHEDULES, SYNTHESISED}
     seen = [str(c.layout) for c in there.ranking] + [r.layout for r in there.rejections]
     assert len(seen) == len(set(seen))
     assert "dp=1,tp=1,pp=4,v=2" in {r.layout for r in there.rejections}
@@ -189,21 +192,33 @@ def test_limits_on_stages_name_themselves() -> None:
         "pp is 2 with 3 stages a rank, but the model has 4 layers; a stage needs one"
     )
     with pytest.raises(InfeasibleError, match="no schedule among 1f1b, gpipe has 2 stages a rank"):
-        search(job(search=SearchLimits(pp=(2,), stages_per_rank=(2,))), PROFILE)
+        search(job(search=replace(ONE_STAGE_A_RANK, pp=(2,), stages_per_rank=(2,))), PROFILE)
     alone = search(elsewhere(schedule=("interleaved",)), CUDA_PROFILE)
     assert all(c.layout.pp > 1 for c in alone.ranking)
     assert "search.schedule allows interleaved only" in alone.rejections[0].reason
 
 
-def test_more_micro_batches_than_a_schedule_can_have_are_a_rejection() -> None:
+def test_more_than_a_plan_can_write_out_is_a_rejection_with_a_way_out() -> None:
+    most = MAX_CELLS // 4
+    limits = SearchLimits(dp=(1,), tp=(1,), pp=(4,), micro_batch=(1, 2), schedule=("1f1b",))
+    work = replace(job().workload, global_batch=2 * most)
+    result = search(job(workload=work, search=limits), PROFILE)
+    assert [c.layout.num_microbatches for c in result.ranking] == [most]
+    assert [(r.layout, r.reason) for r in result.rejections if r.rule == "length"] == [
+        (
+            "dp=1,tp=1,pp=4,mb=1x262144",
+            "262144 micro-batches on 4 stages; a plan writes out what each stage does with each, "
+            "for 65536 stages and 524288 pairs of the two at most; take a larger micro-batch",
+        )
+    ]
     work = replace(job().workload, global_batch=1 << 26)
-    limits = SearchLimits(dp=(1,), tp=(1,), pp=(4,), micro_batch=(1,), schedule=("1f1b",))
-    with pytest.raises(InfeasibleError, match="67108864 micro-batches; it can have 1 to"):
+    with pytest.raises(InfeasibleError, match="67108864 micro-batches on 4 stages; a plan writes"):
         search(job(workload=work, search=limits), PROFILE)
 
 
 def test_every_layout_is_ranked_or_rejected_once() -> None:
-    result = search(job(), PROFILE)
+    asked = job(search=ONE_STAGE_A_RANK)
+    result = search(asked, PROFILE)
     seen = [str(c.layout) for c in result.ranking] + [r.layout for r in result.rejections]
     assert len(seen) == len(set(seen))
     degrees = {(c.layout.dp, c.layout.tp, c.layout.pp) for c in result.ranking}
@@ -213,7 +228,7 @@ def test_every_layout_is_ranked_or_rejected_once() -> None:
     assert all(c.layout.global_batch == job().workload.global_batch for c in result.ranking)
     times = [c.step.p50_ns for c in result.ranking]
     assert times == sorted(times)
-    assert result == search(job(), PROFILE)
+    assert result == search(asked, PROFILE)
 
 
 def test_limits_hold_and_reasons_name_them() -> None:
@@ -225,7 +240,7 @@ def test_limits_hold_and_reasons_name_them() -> None:
 
 
 def test_kinds_are_told_apart() -> None:
-    result = search(job(), PROFILE)
+    result = search(job(search=ONE_STAGE_A_RANK), PROFILE)
     places = best_of_each_kind(result)
     kinds = [(result.ranking[p].layout.pp, result.ranking[p].layout.schedule) for p in places]
     assert places[0] == 0

@@ -179,8 +179,10 @@ def test_overrides_change_any_value(job_file: Path) -> None:
     )
     assert (job.model.rope_theta, job.model.name) == (5e5, "llama-demo-changed")
     assert (job.search.tp, job.cluster.num_ranks) == ((1, 2), 4)
-    job = _read(job_file, WRITTEN, "cluster.pools.1.nodes=3", "workload.tokens=5 Gtokens")
+    job = _read(job_file, WRITTEN, "cluster.pools.1.nodes=3", "workload.tokens=5 Gtokens",
+                'search.schedule=["synthesised"]')  # fmt: skip
     assert (job.cluster.pools[1].num_nodes, job.workload.tokens) == (3, 5 * 10**9)
+    assert job.search.schedule == ("synthesised",)
     assert _read(job_file, LOCAL, "seed=1", "seed=2").seed == 2
 
 
