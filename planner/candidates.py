@@ -6,7 +6,7 @@ from math import isqrt
 from typing import NamedTuple
 
 from planner.cost import CostModel, total
-from planner.layout import RUNNABLE_SCHEDULES, Layout
+from planner.layout import LOCAL_SCHEDULES, Layout
 from planner.orders import MAX_CELLS
 from planner.partition import balanced_stages
 from planner.plan import Rejection
@@ -41,11 +41,11 @@ class _Degrees(NamedTuple):
 def schedules_of(job: Job) -> tuple[str, ...]:
     """Return the schedules that the ranking may hold.
 
-    Without a limit, they are those that can be run where the job is for this machine, and all that
-    have a name and the synthesised where it is not.
+    Without a limit, they are `LOCAL_SCHEDULES` where the job is for this machine, and all that have
+    a name and the synthesised where it is not.
     """
     everything = (*SCHEDULES, SYNTHESISED)
-    return job.search.schedule or (RUNNABLE_SCHEDULES if job.cluster.is_local else everything)
+    return job.search.schedule or (LOCAL_SCHEDULES if job.cluster.is_local else everything)
 
 
 def candidates(job: Job, costs: CostModel) -> tuple[list[Layout], list[Rejection]]:

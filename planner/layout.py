@@ -3,8 +3,11 @@
 from dataclasses import dataclass
 from typing import NamedTuple
 
-RUNNABLE_SCHEDULES = ("1f1b", "gpipe")
-"""What the executor can run: one stage a rank, whole backwards."""
+LOCAL_SCHEDULES = ("1f1b", "gpipe")
+"""What is searched on this machine unless the job asks for others, all of which can be run too.
+
+Few, so that the best of each kind, trained in turn by the demo, differ in more than their order.
+"""
 
 
 class MeshPlace(NamedTuple):

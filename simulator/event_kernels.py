@@ -20,8 +20,10 @@ from simulator.compiled import NEVER, compiled, inlined
 Int32 = npt.NDArray[np.int32]
 Table = np.recarray[Any, Any]
 
-ROUNDING = 1.0 - 1e-12
-"""Predicted ends are rounded up to whole ns; this keeps an end that is whole from going one up."""
+ROUNDING, SLACK_NS = 1.0 - 1e-12, 1e-6
+"""Predicted ends are rounded up to whole ns; these keep an end that is whole from going one up, by
+the error of one division and by that of a remainder that many changes of rate have worn.
+"""
 
 OP = np.dtype(
     [("ns", np.int64), ("start_ns", np.int64), ("end_ns", np.int64), ("slot", np.int32),
@@ -149,7 +151,7 @@ def predict(now: int, left: float, rate: float) -> int:
         return now
     if rate <= 0.0:
         return NEVER
-    took = np.ceil(left / rate * ROUNDING)
+    took = np.ceil(left / rate * ROUNDING - SLACK_NS)
     return now + int(took) if took < 4e18 else NEVER
 
 

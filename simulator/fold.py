@@ -16,13 +16,14 @@ from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
+import numpy.typing as npt
 
 from simulator.checks import Int64
 from simulator.schedule import MICROBATCH_SHIFT, Schedule
 from simulator.step import Convention, StepTimes, dataflow
 from simulator.walk import walk_step
 
-WORTH = 16
+WORTH = 128
 """A certificate costs as much as walking about so many times its own micro-batches."""
 
 
@@ -91,14 +92,23 @@ def _certify(
     # The cyclicity of a 1F1B pipeline is at most its number of ranks.
     for cycle in range(1, schedule.num_ranks + 1):
         shifts = rows[cycle:] - rows[:-cycle]
-        is_level = shifts.min(axis=1) == shifts.max(axis=1)
-        levels = shifts[:, 0]
-        # The last `reach` blocks touch the drain, so the window must end before them.
-        for start in range(len(levels) - 2 * reach):
-            window = slice(start, start + reach)
-            if is_level[window].all() and (levels[window] == levels[start]).all():
-                return cycle, int(levels[start])
+        level = shifts[:, 0]
+        # A window that begins at i is good if none of its blocks is uneven and no two differ; the
+        # last `reach` blocks touch the drain, so it must end before them.
+        num_uneven = _counts(shifts.min(axis=1) != shifts.max(axis=1))
+        num_differing = _counts(level[1:] != level[:-1])
+        begin = np.arange(max(len(level) - 2 * reach, 0))
+        is_good = (num_uneven[begin + reach] == num_uneven[begin]) & (
+            num_differing[begin + reach - 1] == num_differing[begin]
+        )
+        if is_good.any():
+            return cycle, int(level[np.argmax(is_good)])
     return None
+
+
+def _counts(flags: npt.NDArray[np.bool_]) -> Int64:
+    """Return how many of the first 0, 1, 2, ... flags are set."""
+    return np.concatenate(([0], np.cumsum(flags)))
 
 
 def _blocks(schedule: Schedule, period: int) -> tuple[Int64, Int64, int] | None:

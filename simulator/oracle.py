@@ -26,9 +26,10 @@ CHANGE, SERVE, SHARE = EventPriority(-1), EventPriority(2), EventPriority(3)
 """Places within an instant. SimPy's own events have 0 and 1: changes of speed and capacity come
 before everything, queues choose when all else has come to rest, flows share the links last."""
 
-SLACK = Fraction(1, 10**12)
-"""A piece of work that is over the next whole nanosecond by less than this part of itself ends
-there: engines count in floats, and a sum that is a whole number may come out a hair above it."""
+SLACK, SLACK_NS = Fraction(1, 10**12), Fraction(1, 10**6)
+"""A piece of work that is over the next whole nanosecond by less than this part of itself, or this
+part of a nanosecond, ends there: engines count in floats, and what is a whole number may come out a
+hair above it, the more so after many changes of rate."""
 
 
 def run_oracle(
@@ -75,7 +76,8 @@ class _Work:
         if self.rate == 0 and self.left > 0:
             return None
         rest = self.left / self.rate if self.left else self.left
-        return self.since_ns + ceil(rest if rest.denominator == 1 else rest * (1 - SLACK))
+        is_whole = rest.denominator == 1
+        return self.since_ns + ceil(rest if is_whole else rest * (1 - SLACK) - SLACK_NS)
 
     def set_rate(self, rate: Fraction) -> None:
         """Go on at another rate; work that is due at this instant is done already."""

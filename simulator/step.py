@@ -205,15 +205,15 @@ def dataflow(schedule: Schedule) -> Dataflow:
     crosses = homes[stage[reader]] != homes[stage[source]]
     by_sender = np.argsort(source[crosses], kind="stable")
     sender, receiver = source[crosses][by_sender], reader[crosses][by_sender]
-    pairs = np.stack((homes[stage[sender]], homes[stage[receiver]]))
-    links, link = np.unique(pairs, axis=1, return_inverse=True)
+    pair = homes[stage[sender]].astype(np.int64) * schedule.num_ranks + homes[stage[receiver]]
+    used = np.flatnonzero(np.bincount(pair, minlength=1))
     return Dataflow(
         reader=np.concatenate((own, reader[~crosses])),
         source=np.concatenate((own_source, source[~crosses])),
         sender=sender,
         receiver=receiver,
-        link=link.ravel(),
-        links=links.T,
+        link=np.searchsorted(used, pair),
+        links=np.stack(np.divmod(used, schedule.num_ranks), axis=1),
     )
 
 

@@ -15,6 +15,7 @@ TINY = ModelSpec(
 )  # fmt: skip
 
 COST = Cost(p10_ns=1, p50_ns=1, p90_ns=1)
+TWICE = Cost(p10_ns=2, p50_ns=2, p90_ns=2)
 
 
 def tiny_layout(
@@ -67,7 +68,7 @@ def tiny_plan(
     sizes = layout.pp, layout.num_microbatches, layout.stages_per_rank
     family = SCHEDULES.get(layout.schedule)  # None: the order is among `changed`
     costs = StageCost(
-        forward=COST, backward=COST, weight=COST, send_forward=COST, send_backward=COST,
+        forward=COST, backward=TWICE, weight=COST, send_forward=COST, send_backward=COST,
         all_reduce=COST, optimizer=COST, other=COST, wait=COST, tensor_parallel_forward_ns=0,
         tensor_parallel_backward_ns=0,
     )  # fmt: skip

@@ -8,7 +8,6 @@ import pytest
 import torch
 from torch import Tensor
 
-from executor import gradients
 from executor.data import load_stream
 from executor.gradients import GradientBuckets
 from executor.halves import Linear
@@ -37,17 +36,21 @@ def losses(of: LlamaStage) -> Iterator[Tensor]:
         yield of(tokens).square().mean()
 
 
-def matrices(of: LlamaStage) -> list[torch.nn.Parameter]:
+def backward(loss: Tensor) -> None:
+    loss.backward()  # type: ignore[no-untyped-call]
+
+
+def matrices(of: LlamaStage) -> list[Tensor]:
     return [module.weight for module in of.modules() if isinstance(module, Linear)]
 
 
 def test_both_halves_together_are_the_whole() -> None:
     whole, split = stage(splits_backward=False), stage(splits_backward=True)
     for loss in losses(whole):
-        loss.backward()
+        backward(loss)
     late = []
     for loss in losses(split):
-        loss.backward()
+        backward(loss)
         late.append(split.weight_half.take())
     assert all(weight.grad is None for weight in matrices(split))
     assert all(p.grad is not None for name, p in split.named_parameters() if "norm" in name)
@@ -61,14 +64,14 @@ def test_both_halves_together_are_the_whole() -> None:
 def test_a_tied_head_is_not_split_from_its_embedding() -> None:
     split = stage(splits_backward=True, spec=replace(TINY, tied_embeddings=True))
     assert split.lm_head is not None and split.lm_head.weight_half is None
-    next(losses(split)).backward()
+    backward(next(losses(split)))
     assert split.lm_head.weight.grad is not None
 
 
 def test_what_waits_is_less_than_the_memory_model_holds_until_the_weight_half() -> None:
     split = stage(splits_backward=True, is_last=False)
     x = torch.randn(2, SEQ_LEN, TINY.hidden, requires_grad=True)
-    split(x).sum().backward()
+    backward(split(x).square().sum())
     held = {
         tensor.untyped_storage().data_ptr(): tensor.untyped_storage().nbytes()
         for product in split.weight_half._waiting
@@ -84,13 +87,13 @@ def test_what_waits_is_less_than_the_memory_model_holds_until_the_weight_half() 
 def test_buckets_overlap_with_weight_halves(monkeypatch: pytest.MonkeyPatch) -> None:
     split = stage(splits_backward=True)
     all_reduce = Mock(return_value=Mock())
-    monkeypatch.setattr(gradients.dist, "all_reduce", all_reduce)
+    monkeypatch.setattr("executor.gradients.dist.all_reduce", all_reduce)
     buckets = GradientBuckets(
         [split], Mock(), num_backwards=NUM_BACKWARDS, bucket_bytes=100_000, overlaps=True
     )
     launched = []
     for loss in losses(split):
-        loss.backward()
+        backward(loss)
         launched.append(all_reduce.call_count)
         split.weight_half.take()()
     assert launched == [0] * NUM_BACKWARDS
@@ -100,10 +103,9 @@ def test_buckets_overlap_with_weight_halves(monkeypatch: pytest.MonkeyPatch) -> 
     assert all_reduce.call_count == num_buckets
 
 
-@pytest.mark.parametrize("name", ["zb_h1", "zb_h2"])
-def test_one_rank_trains_the_same_in_halves(name: str) -> None:
+def test_one_rank_trains_the_same_in_halves() -> None:
     found = []
-    for schedule in ("1f1b", name):
+    for schedule in ("1f1b", "zb_h1"):
         recipe = recipe_of(tiny_plan(tiny_layout(schedule=schedule, global_batch=4)))
         trainer = Trainer(recipe, load_stream(None), torch.device("cpu"), rank=0)
         found.append(run_steps(trainer, 3))

@@ -79,10 +79,9 @@ def test_an_uneven_shard_is_the_tail_of_the_step(oracle: bool) -> None:
 def test_a_straggler_holds_up_nobody_in_asp_and_everybody_in_bsp(oracle: bool) -> None:
     compute_ns = [1000, 1010, 1020, 5000]
     num_steps = 5
-    alone_ns = [ns + 63 + 5 + 63 for ns in compute_ns]
 
     def starts(staleness: int | None) -> npt.NDArray[np.int64]:
-        # The NICs are fast enough for messages of different workers never to meet.
+        # Messages are so short that those of different quick workers never meet.
         of = training(
             compute_ns, num_steps=num_steps, shard_bytes=(6,), update_ns=1, latency_ns=0,
             staleness=staleness,
@@ -94,7 +93,6 @@ def test_a_straggler_holds_up_nobody_in_asp_and_everybody_in_bsp(oracle: bool) -
     assert asp[:, :3].tolist() == np.outer(steps, [1013, 1023, 1033]).tolist()
     bsp = starts(0)
     assert (np.diff(bsp, axis=0) >= 5000 + 6 + 1 + 6).all()
-    assert min(alone_ns) < 5000
 
 
 @both
@@ -114,7 +112,7 @@ def test_ssp_runs_ahead_by_its_staleness_and_no_further(oracle: bool) -> None:
     staleness=st.sampled_from(MODES),
     num_servers=st.integers(1, 3),
 )
-@settings(deadline=None, max_examples=50)
+@settings(max_examples=50)
 def test_no_worker_begins_a_step_before_its_bound(
     compute_ns: list[int], staleness: int | None, num_servers: int
 ) -> None:
@@ -130,7 +128,7 @@ def test_no_worker_begins_a_step_before_its_bound(
 
 
 @given(data=st.data(), staleness=st.sampled_from(MODES))
-@settings(deadline=None, max_examples=40)
+@settings(max_examples=40)
 def test_loop_equals_oracle_on_parameter_servers(
     data: st.DataObject, staleness: int | None
 ) -> None:

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from planner.candidates import SYNTHESISED
 from planner.cost import cost_model
 from planner.kernels import StageShape, layer_backward, layer_forward, stage_parameters
-from planner.layout import RUNNABLE_SCHEDULES, Layout
+from planner.layout import LOCAL_SCHEDULES, Layout
 from planner.lower import (
     QUANTILES,
     memory_of,
@@ -141,7 +141,7 @@ def test_a_step_has_three_lanes_a_candidate_and_host_work_once_a_rank() -> None:
 
 def test_every_named_schedule_is_in_the_job_file_and_the_other_way_round() -> None:
     assert set(get_args(ScheduleName)) == {*SCHEDULES, SYNTHESISED}
-    assert set(RUNNABLE_SCHEDULES) <= set(get_args(ScheduleName))
+    assert set(LOCAL_SCHEDULES) <= set(get_args(ScheduleName))
 
 
 def elsewhere(**limits: object) -> Job:
@@ -173,7 +173,7 @@ def test_every_named_schedule_is_searched_where_it_is_asked_for(name: str, tmp_p
 
 def test_here_only_what_can_be_run_is_searched_elsewhere_all() -> None:
     here = search(job(), PROFILE)
-    assert {c.layout.schedule for c in here.ranking} == set(RUNNABLE_SCHEDULES)
+    assert {c.layout.schedule for c in here.ranking} == set(LOCAL_SCHEDULES)
     there = search(elsewhere(), CUDA_PROFILE)
     assert {c.layout.schedule for c in there.ranking} == {*SCHEDULES, SYNTHESISED}
     seen = [str(c.layout) for c in there.ranking] + [r.layout for r in there.rejections]

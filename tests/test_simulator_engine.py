@@ -16,7 +16,13 @@ from tests.graphs import Drawn, graphs
 
 
 def op(op_id: int, rank: int = 0, **more: Any) -> Op:
-    fields: dict[str, Any] = {"id": op_id, "rank": rank, "stream": "compute", "name": f"op{op_id}", "kind": "other"}
+    fields: dict[str, Any] = {
+        "id": op_id,
+        "rank": rank,
+        "stream": "compute",
+        "name": f"op{op_id}",
+        "kind": "other",
+    }
     return Op(**(fields | more))
 
 

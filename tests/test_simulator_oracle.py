@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from fractions import Fraction
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
 from simulator.deadlock import DeadlockError, StalledError
@@ -16,7 +16,6 @@ from simulator.timeline import Kind
 from tests.graphs import Drawn, graphs
 
 Outcome = tuple[object, object]
-unhurried = settings(deadline=None)  # the first example may wait for a compiler
 both = pytest.mark.parametrize("oracle", [False, True], ids=["loop", "oracle"])
 
 
@@ -30,25 +29,21 @@ def outcome(drawn: Drawn, *, oracle: bool) -> Outcome:
     return simulation.starts_ns.tolist(), simulation.ends_ns.tolist()
 
 
-@unhurried
 @given(graphs(can_block=True))
 def test_loop_equals_oracle_without_contention(drawn: Drawn) -> None:
     assert outcome(drawn, oracle=False) == outcome(drawn, oracle=True)
 
 
-@unhurried
 @given(graphs(queues=True, changes=True))
 def test_loop_equals_oracle_with_queues_and_slow_ranks(drawn: Drawn) -> None:
     assert outcome(drawn, oracle=False) == outcome(drawn, oracle=True)
 
 
-@unhurried
 @given(graphs(flows=True, queues=True, changes=True))
 def test_loop_equals_oracle_with_everything(drawn: Drawn) -> None:
     assert outcome(drawn, oracle=False) == outcome(drawn, oracle=True)
 
 
-@unhurried
 @given(graphs(can_block=True, flows=True, queues=True, changes=True))
 def test_loop_and_oracle_name_the_same_blocked_ops(drawn: Drawn) -> None:
     assert outcome(drawn, oracle=False) == outcome(drawn, oracle=True)
