@@ -126,7 +126,7 @@ class _TimedStage(PipelineStage):
     def _get_init_p2p_neighbors_ops(self) -> list[P2POp]:
         """Return the messages that warm up the links to the neighbours on other ranks.
 
-        PyTorch before 2.13 also sends one from a rank to itself, on which gloo fails.
+        PyTorch 2.11 also sends one from a rank to itself, on which gloo fails.
         """
         messages: list[P2POp] = super()._get_init_p2p_neighbors_ops()
         return [message for message in messages if message.group_peer != self.group_rank]

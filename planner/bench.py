@@ -38,10 +38,11 @@ _ROUNDS = 5
 _ROUND_S = 0.15
 _START_UP = """
 from planner.schedules import SCHEDULES
-from simulator.engine import simulate_step, step_ns
-from simulator.step import step_times
+from simulator.engine import simulate, step_ns
+from simulator.step import lower, step_times
 schedule, times = SCHEDULES["1f1b"].build(4, 8), step_times(4, forward=1, backward=[[2, 3]])
-step_ns(schedule, times), simulate_step(schedule, times)
+step = lower(schedule)
+step_ns(schedule, times), simulate(step.graph, step.costs(times))
 """
 
 
@@ -157,14 +158,14 @@ def _walks() -> list[Figure]:
     jitter = Jitter(seed=1, compute_spread=0.05, message_spread=0.1)
     one, four, lanes = uneven_times(16), uneven_times(64), uneven_times(64, 65)
     return [
-        _rate("walk, 1F1B p=16 m=64", num_tasks(plain), lambda: walk_step(plain, one)),
+        _rate("walk, 1F1B p=16 m=64", num_tasks(plain), lambda: step_ns(plain, one)),
         _rate(
-            "walk, interleaved p=16 v=4 m=64", num_tasks(looped), lambda: walk_step(looped, four),
+            "walk, interleaved p=16 v=4 m=64", num_tasks(looped), lambda: step_ns(looped, four),
             goal=80,
         ),
         _rate(
             "the same, every duration drawn", num_tasks(looped),
-            lambda: walk_step(looped, four, jitter=jitter),
+            lambda: step_ns(looped, four, jitters=[jitter]),
         ),
         _rate(
             "the same, 65 candidates side by side", 65 * num_tasks(looped),
@@ -192,7 +193,7 @@ def _large_step() -> list[Figure]:
     return [
         Figure(
             name=f"walk, interleaved {name}, {tasks / 1e6:.1f} M tasks", unit="CPU-s", goal=0.1,
-            value=cpu_s(lambda: walk_step(schedule, times)), is_better_low=True,
+            value=cpu_s(lambda: step_ns(schedule, times)), is_better_low=True,
         ),
         Figure(name="the same, folded, orders built", value=cpu_s(folded), unit="CPU-s",
                goal=0.1, is_better_low=True),
@@ -222,7 +223,7 @@ def _candidate(number: int) -> int:
     schedule = SCHEDULES[name].build(16, 64, v)
     forward = 100_000 + (number * np.arange(16 * v)) % 50_000
     times = step_times(16 * v, forward=forward, backward=2 * forward, send_forward=9_000)
-    return walk_step(schedule, times).makespan_ns
+    return int(step_ns(schedule, times)[0])
 
 
 def _event_loop() -> list[Figure]:

@@ -47,8 +47,8 @@ class Walk:
 
     @property
     def makespan_ns(self) -> int:
-        """Length of the step; the last message may outlast all ranks."""
-        return int(max(self.rank_ends_ns.max(), self.inputs_ns.max()))
+        """Length of the step: no message outlasts the action that reads it."""
+        return int(self.rank_ends_ns.max())
 
 
 def walk_step(
@@ -66,17 +66,28 @@ def walk_step(
     >>> walk_step(schedule, step_times(2, forward=10, backward=20)).action_ends_ns.tolist()
     [10, 20, 60, 90, 20, 40, 50, 70]
     """
+    return _walk(schedule, times, lane, convention, jitter, num_kept=schedule.num_actions)
+
+
+def _walk(
+    schedule: Schedule,
+    times: StepTimes,
+    lane: int,
+    convention: Convention,
+    jitter: Jitter | None,
+    num_kept: int,
+) -> Walk:
+    """Return the walk with all ends and the sequence, or, where `num_kept` is 0, without them."""
     num_stages, m = schedule.num_stages, schedule.num_microbatches
     before, after = (_by_rank(schedule, edge[:, lane]) for edge in times.edge_ns())
     inputs = np.full((2, num_stages * m), UNKNOWN, np.int64)
     inputs[0, :m] = inputs[1, (num_stages - 1) * m :] = 0
-    action_ends = np.zeros(schedule.num_actions, np.int64)
-    sequence = np.zeros(schedule.num_actions, np.int32)
+    action_ends, sequence = np.empty(num_kept, np.int64), np.empty(num_kept, np.int32)
     keys = np.zeros((6, num_stages), np.int64) if jitter is None else _keys(jitter.seed, num_stages)
     num_done = walk(
-        schedule.codes, schedule.offsets, m, np.ascontiguousarray(times.ns[:6, :, lane]), keys,
-        _NO_TABLES if jitter is None else jitter.tables(), links_of(schedule),
-        schedule.num_ranks**2, before, inputs, action_ends, sequence,
+        schedule.codes, schedule.offsets, schedule.homes, m,
+        np.ascontiguousarray(times.ns[:6, :, lane]), keys,
+        _NO_TABLES if jitter is None else jitter.tables(), before, inputs, action_ends, sequence,
         *_rendezvous(schedule, convention),
     )  # fmt: skip
     if num_done < schedule.num_actions:
@@ -109,18 +120,20 @@ def step_ns(
     [90, 75, 60]
     """
     check_times(schedule, times)
-    if jitters:
-        if times.num_lanes not in (1, len(jitters)):
-            raise ValueError(f"{len(jitters)} jitters for {times.num_lanes} lanes; give as many")
+    if jitters and times.num_lanes not in (1, len(jitters)):
+        raise ValueError(f"{len(jitters)} jitters for {times.num_lanes} lanes; give as many")
+    if jitters or convention == "rendezvous" or times.num_lanes == 1:
+        # Posting receives takes the ends of the actions before.
+        num_kept = schedule.num_actions if convention == "rendezvous" else 0
+        chances: Sequence[Jitter | None] = jitters or [None] * times.num_lanes
         return np.array(
             [
-                walk_step(schedule, times, i % times.num_lanes, convention, jitter).makespan_ns
-                for i, jitter in enumerate(jitters)
+                _walk(
+                    schedule, times, i % times.num_lanes, convention, jitter, num_kept
+                ).makespan_ns
+                for i, jitter in enumerate(chances)
             ]
         )
-    if convention == "rendezvous":
-        lanes = range(times.num_lanes)
-        return np.array([walk_step(schedule, times, i, convention).makespan_ns for i in lanes])
     first = walk_step(schedule, times)
     rest = [
         _follow(schedule, times, start, first.sequence)
@@ -168,19 +181,6 @@ def blocked(schedule: Schedule, convention: Convention) -> DeadlockError:
     raise AssertionError(f"the walk of schedule {schedule.name} ended early, its graph does not")
 
 
-def links_of(schedule: Schedule) -> Int64:
-    """Return the link of the forward and of the backward message of each stage [2, S].
-
-    -1 where the reader is on the same rank, or there is none. A link is an ordered pair of ranks,
-    sender * p + receiver.
-    """
-    here, there = schedule.homes[:-1].astype(np.int64), schedule.homes[1:].astype(np.int64)
-    link_of = np.full((2, schedule.num_stages), -1, np.int64)
-    link_of[0, :-1] = np.where(here != there, here * schedule.num_ranks + there, -1)
-    link_of[1, 1:] = np.where(here != there, there * schedule.num_ranks + here, -1)
-    return link_of
-
-
 def _rendezvous(schedule: Schedule, convention: Convention) -> tuple[Int64, Int64, Int64, Int64]:
     """Return what each action reads, and senders, posts and first of the messages by link."""
     if convention == "eager":
@@ -207,10 +207,9 @@ def _follow(
     inputs = np.zeros((2, schedule.num_stages * schedule.num_microbatches, num_lanes), np.int64)
     follow(
         schedule.codes, sequence, schedule.homes, schedule.num_microbatches,
-        np.ascontiguousarray(times.ns[:6, :, lanes]), links_of(schedule),
-        schedule.num_ranks**2,         before, inputs,
+        np.ascontiguousarray(times.ns[:6, :, lanes]), before, inputs,
     )  # fmt: skip
-    ends: Int64 = np.maximum((before + after).max(axis=0), inputs.max(axis=(0, 1)))
+    ends: Int64 = (before + after).max(axis=0)
     return ends
 
 

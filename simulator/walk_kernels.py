@@ -32,25 +32,28 @@ def jittered(ns: int, table: Int64, key: int, microbatch: int) -> int:
 
 @compiled
 def walk(
-    codes: Int64, offsets: Int64, m: int, times: Int64, keys: Int64, tables: Int64, link_of:
-    Int64, num_links: int, clock: Int64, arrivals: Int64, ends: Int64, sequence: Int32, reads:
-    Int64, senders: Int64, posts: Int64, turns: Int64,
+    codes: Int64, offsets: Int64, homes: Int32, m: int, times: Int64, keys: Int64,
+    tables: Int64, clock: Int64, arrivals: Int64, ends: Int64, sequence: Int32, reads: Int64,
+    senders: Int64, posts: Int64, turns: Int64,
 ) -> int:  # fmt: skip
     """Walk all ranks' orders of one candidate; return how many actions were done.
 
-    codes [A]; offsets [p + 1]; times and keys [6, S]; link_of [2, S]; clock [p], in: when each
-    rank begins, out: when it is done; arrivals [2, S * m], in: UNKNOWN but for inputs that are
-    there from the start, out: the end of each message; ends [A]; sequence [A], out: the actions in
-    an order in which each comes after all that it waits for. `tables` [2, 4096] is [2, 0] where
-    nothing is drawn. Fewer than A: the ranks block each other.
+    codes [A]; offsets [p + 1]; homes [S]; times and keys [6, S]; clock [p], in: when each rank
+    begins, out: when it is done; arrivals [2, S * m], in: UNKNOWN but for inputs that are there
+    from the start, out: the end of each message; ends [A]; sequence [A], out: the actions in an
+    order in which each comes after all that it waits for. `ends` and `sequence` are empty where
+    nobody wants them, `tables` [2, 4096] is [2, 0] where nothing is drawn. Fewer than A: the ranks
+    block each other.
 
     In a rendezvous, messages stand link by link in the order of their sends: reads [A] is the
-    message that an action reads (-1: none), senders and posts [M] as in `Dataflow`, turns [K] the
-    first message of each link. When messages are eager, reads is empty.
+    message that an action reads (-1: none), senders and posts [M] as in `Dataflow`, turns [p * p]
+    the first message of each link. When messages are eager, reads is empty.
     """
     num_ranks, num_stages, draws = len(clock), times.shape[1], tables.shape[1] > 0
-    link_free, begin, cursor = np.zeros(num_links, np.int64), clock.copy(), offsets[:-1].copy()
-    is_eager, num_done, num_before = len(reads) == 0, 0, -1
+    # A link is an ordered pair of ranks.
+    link_free, begin = np.zeros(num_ranks * num_ranks, np.int64), clock.copy()
+    is_eager, is_kept = len(reads) == 0, len(ends) > 0
+    cursor, num_done, num_before = offsets[:-1].copy(), 0, -1
     while num_done > num_before:
         num_before = num_done
         # Down the ranks, as forwards go, and up again, as gradients do.
@@ -66,7 +69,7 @@ def walk(
                     if arrivals[way, slot] < 0:
                         break
                     if not is_eager and reads[place] >= 0:
-                        link = link_of[way, stage - 1 + 2 * way]
+                        link = homes[stage - 1 + 2 * way] * num_ranks + rank
                         while turns[link] <= reads[place]:
                             turn = turns[link]
                             sender, post = senders[turn], posts[turn]
@@ -80,15 +83,16 @@ def walk(
                 now += duration_of(kind, stage, microbatch, times, keys, tables[0], draws)
                 reader = stage + 1 - 2 * way
                 if kind != 3 and 0 <= reader < num_stages:
-                    link, slot, arrival = link_of[way, stage], reader * m + microbatch, now
-                    if is_eager and link >= 0:
+                    link, arrival = rank * num_ranks + homes[reader], now
+                    if is_eager and homes[reader] != rank:
                         send = duration_of(
                             4 + way, stage, microbatch, times, keys, tables[1], draws
                         )
                         arrival = link_free[link] = max(now, link_free[link]) + send
-                    arrivals[way, slot] = arrival
-                ends[place] = now
-                sequence[num_done] = place
+                    arrivals[way, reader * m + microbatch] = arrival
+                if is_kept:
+                    ends[place] = now
+                    sequence[num_done] = place
                 num_done += 1
                 place += 1
             clock[rank], cursor[rank] = now, place
@@ -120,8 +124,8 @@ def duration_of(
 
 @compiled
 def follow(
-    codes: Int64, sequence: Int32, homes: Int32, m: int, times: Int64, link_of: Int64,
-    num_links: int, clock: Int64, arrivals: Int64,
+    codes: Int64, sequence: Int32, homes: Int32, m: int, times: Int64, clock: Int64,
+    arrivals: Int64,
 ) -> None:  # fmt: skip
     """Time L candidates of one shape, messages eager, action by action in the order of a `walk`.
 
@@ -129,7 +133,8 @@ def follow(
     [2, S * m, L], all 0. The rest as in `walk`.
     """
     num_stages, num_lanes = times.shape[1], times.shape[2]
-    link_free = np.zeros((num_links, num_lanes), np.int64)
+    num_ranks = len(clock)
+    link_free = np.zeros((num_ranks * num_ranks, num_lanes), np.int64)
     for place in sequence:
         code = codes[place]
         kind, stage, microbatch = code & 3, (code >> 2) & 0x3FFFFF, code >> 24
@@ -144,11 +149,12 @@ def follow(
         for lane in range(num_lanes):
             now[lane] = max(now[lane], arrival[lane]) + work[lane]
         if 0 <= reader < num_stages:
-            arrival, link = arrivals[way, reader * m + microbatch], link_of[way, stage]
-            if link < 0:
+            arrival = arrivals[way, reader * m + microbatch]
+            if homes[reader] == homes[stage]:
                 for lane in range(num_lanes):
                     arrival[lane] = now[lane]
             else:
+                link = homes[stage] * num_ranks + homes[reader]
                 free, send = link_free[link], times[4 + way, stage]
                 for lane in range(num_lanes):
                     free[lane] = max(now[lane], free[lane]) + send[lane]
