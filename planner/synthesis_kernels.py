@@ -13,7 +13,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from simulator.compiled import NEVER, compiled
+from simulator.compiled import NEVER, compiled, inlined
 
 Int64 = npt.NDArray[np.int64]
 Bools = npt.NDArray[np.bool_]
@@ -102,7 +102,7 @@ def place(
     return longest
 
 
-@compiled
+@inlined
 def send(
     rank: int, row: int, stage: int, k: int, end: int, pipeline: Pipeline, arrivals: Int64,
     turns: Int64, num_sent: Int64, free_ns: Int64,
@@ -121,7 +121,7 @@ def send(
     return there  # type: ignore[no-any-return]
 
 
-@compiled
+@inlined
 def wanted(
     rank: int, pipeline: Pipeline, priority: Int64, limit: int, done: Int64, choices: Int64
 ) -> tuple[int, int]:
@@ -135,7 +135,7 @@ def wanted(
     return best_row, best_stage
 
 
-@compiled
+@inlined
 def look(
     rank: int, pipeline: Pipeline, is_whole: Bools, max_in_flight: int, done: Int64, arrivals:
     Int64, turns: Int64, num_read: Int64, ranks: Int64, choices: Int64,

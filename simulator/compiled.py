@@ -27,9 +27,12 @@ else:
         return cast(F, njit(cache=True, nogil=True, error_model="numpy")(function))
 
     def inlined(function: F) -> F:
-        """Return `function` to be copied into its callers: a call passes seven words an array."""
-        compiler = njit(cache=True, nogil=True, error_model="numpy", forceinline=True)
-        return cast(F, compiler(function))
+        """Return `function` to be copied into the compiled functions that call it.
+
+        A call passes seven words an array. What is only a part of others needs no code of its own
+        on disk, and each kept function costs milliseconds at every start.
+        """
+        return cast(F, njit(nogil=True, error_model="numpy", forceinline=True)(function))
 
 
 NEVER = 1 << 62

@@ -36,16 +36,18 @@ ends, `end_ns` holds the bytes that it has to move, and while it queues, `start_
 which it has been ready.
 """
 SLOT = np.dtype(
-    [("due_ns", np.int64), ("since_ns", np.int64), ("left", np.float64), ("rate", np.float64),
+    [("since_ns", np.int64), ("left", np.float64), ("rate", np.float64),
      ("new_rate", np.float64), ("speed", np.float64), ("stamp", np.int64), ("op", np.int32),
      ("place", np.int32), ("rank", np.int32), ("first_queued", np.int32),
      ("num_queued", np.int32), ("first_crossing", np.int32), ("end_crossing", np.int32),
      ("is_queue", np.int8), ("is_flowing", np.int8), ("is_marked", np.int8)], align=True,
 )  # fmt: skip
-"""One stream: the op that it runs (-1: idle), when that is due, and its place in the heap.
+"""One stream: the op that it runs (-1: idle), and its place in the heap of what runs.
 
 At `since_ns`, `left` bytes (or ns of work) were left, and go at `rate` (or `speed`) from then on.
 """
+RUNNING_OP = np.dtype([("due_ns", np.int64), ("slot", np.int32)], align=True)
+"""One entry of the heap of what runs: when a stream's op is due, as far as is known."""
 LINK = np.dtype(
     [("capacity", np.float64), ("room", np.float64), ("weight", np.float64), ("stamp", np.int64),
      ("first_flow", np.int32), ("num_flows", np.int32), ("num_open", np.int32),
@@ -66,7 +68,7 @@ RUNNING, AGENDA, MARKED, DIRTY, STAMP, NUM_COUNTS = range(6)
 
 @compiled
 def run(
-    ops: Table, followers: Int32, meets: Table, members: Int32, slots: Table, heap: Int32,
+    ops: Table, followers: Int32, meets: Table, members: Int32, slots: Table, heap: Table,
     agenda: Int32, queues: Int32, marked: Int32, links: Table, flows: Table, dirty: Int32,
     crossings: Table, paths: Int32, near_links: Int32, near_slots: Int32, changes: Table,
     counts: Int64,
@@ -94,8 +96,8 @@ def run(
                 agenda[counts[AGENDA]] = scanned
                 counts[AGENDA] += 1
             scanned += 1
-        elif counts[RUNNING] > 0 and slots[heap[0]].due_ns == now:
-            slot = heap[0]
+        elif counts[RUNNING] > 0 and heap[0].due_ns == now:
+            slot = heap[0].slot
             if slots[slot].end_crossing > slots[slot].first_crossing:
                 if slots[slot].is_flowing:
                     leave_links(slots, links, flows, dirty, crossings, counts, slot)
@@ -115,7 +117,7 @@ def run(
             fill(slots, links, flows, crossings, near_links, num_links, num_slots)
             change_rates(slots, heap, near_slots, counts, num_slots, now)
         else:
-            now = slots[heap[0]].due_ns if counts[RUNNING] > 0 else NEVER
+            now = heap[0].due_ns if counts[RUNNING] > 0 else NEVER
             if change < len(changes) and changes[change].at_ns < now:
                 now = changes[change].at_ns
             if now == NEVER:
@@ -124,14 +126,14 @@ def run(
 
 @inlined
 def start(
-    ops: Table, slots: Table, heap: Int32, paths: Int32, counts: Int64, op: int, now: int
+    ops: Table, slots: Table, heap: Table, paths: Int32, counts: Int64, op: int, now: int
 ) -> None:
     """Start `op` on its idle stream."""
     slot = ops[op].slot
     duration, path = ops[op].ns, ops[op].path
     ops[op].start_ns = now
     slots[slot].op = op
-    slots[slot].due_ns = now + duration
+    due_ns = now + duration
     if path >= 0:
         slots[slot].is_flowing = 0
         slots[slot].first_crossing, slots[slot].end_crossing = paths[path], paths[path + 1]
@@ -139,9 +141,9 @@ def start(
         slots[slot].first_crossing = slots[slot].end_crossing = 0
         slots[slot].since_ns, slots[slot].left = now, duration
         if slots[slot].speed != 1.0:
-            slots[slot].due_ns = predict(now, float(duration), slots[slot].speed)
+            due_ns = predict(now, float(duration), slots[slot].speed)
     counts[RUNNING] += 1
-    rise(slots, heap, slot, counts[RUNNING] - 1)
+    rise(slots, heap, slot, counts[RUNNING] - 1, due_ns)
 
 
 @inlined
@@ -157,7 +159,7 @@ def predict(now: int, left: float, rate: float) -> int:
 
 @inlined
 def finish(
-    ops: Table, followers: Int32, slots: Table, heap: Int32, agenda: Int32, marked: Int32,
+    ops: Table, followers: Int32, slots: Table, heap: Table, agenda: Int32, marked: Int32,
     counts: Int64, slot: int, now: int,
 ) -> None:  # fmt: skip
     """End the op of a stream and note who may go on."""
@@ -166,8 +168,8 @@ def finish(
     slots[slot].op = -1
     counts[RUNNING] -= 1
     last = heap[counts[RUNNING]]
-    if last != slot:
-        sink(slots, heap, counts[RUNNING], last, slots[slot].place)
+    if last.slot != slot:
+        sink(slots, heap, counts[RUNNING], last.slot, slots[slot].place, last.due_ns)
     num, follower = counts[AGENDA], ops[op].next_op
     if follower >= 0:
         ops[follower].waiting -= 1
@@ -185,7 +187,7 @@ def finish(
     counts[AGENDA] = num
 
 
-@compiled
+@inlined
 def gather_or_queue(
     ops: Table, meets: Table, members: Int32, slots: Table, queues: Int32, marked: Int32,
     agenda: Int32, counts: Int64, op: int, now: int,
@@ -206,9 +208,9 @@ def gather_or_queue(
     mark_queue(slots, marked, counts, slot)
 
 
-@compiled
+@inlined
 def apply(
-    slots: Table, heap: Int32, links: Table, dirty: Int32, change: Any, counts: Int64, now: int
+    slots: Table, heap: Table, links: Table, dirty: Int32, change: Any, counts: Int64, now: int
 ) -> None:
     """Apply one change: of the capacity of a link, or of the speed of a rank."""
     if not change.is_speed:
@@ -221,15 +223,15 @@ def apply(
         if slots[slot].op >= 0 and slots[slot].end_crossing == slots[slot].first_crossing:
             slots[slot].left -= slots[slot].speed * (now - slots[slot].since_ns)
             slots[slot].since_ns = now
-            slots[slot].due_ns = predict(now, slots[slot].left, change.value)
-            move(slots, heap, counts[RUNNING], slot)
+            due_ns = predict(now, slots[slot].left, change.value)
+            move(slots, heap, counts[RUNNING], slot, due_ns)
         slots[slot].speed = change.value
 
 
 # Queues: a heap of the ready ops of each, by the time since which they are ready, then by id.
 
 
-@compiled
+@inlined
 def enqueue(ops: Table, queues: Int32, base: int, place: int, op: int) -> None:
     """Put `op` into the heap of `place` ops that begins at `base`."""
     while place > 0:
@@ -242,7 +244,7 @@ def enqueue(ops: Table, queues: Int32, base: int, place: int, op: int) -> None:
     queues[base + place] = op
 
 
-@compiled
+@inlined
 def dequeue(ops: Table, queues: Int32, base: int, length: int) -> int:
     """Take the first op out of the heap of `length` ops that begins at `base`."""
     first, op, place = queues[base], queues[base + length - 1], 0
@@ -260,14 +262,14 @@ def dequeue(ops: Table, queues: Int32, base: int, length: int) -> int:
     return int(first)
 
 
-@compiled
+@inlined
 def comes_first(ops: Table, op: int, other: int) -> bool:
     """Return whether a queue serves `op` before `other`."""
     a, b = ops[op].start_ns, ops[other].start_ns
     return a < b or (a == b and op < other)
 
 
-@compiled
+@inlined
 def mark_queue(slots: Table, marked: Int32, counts: Int64, slot: int) -> None:
     """Look at a queue once the ends of this instant are done."""
     if not slots[slot].is_marked:
@@ -276,7 +278,7 @@ def mark_queue(slots: Table, marked: Int32, counts: Int64, slot: int) -> None:
         counts[MARKED] += 1
 
 
-@compiled
+@inlined
 def serve_queues(
     ops: Table, slots: Table, queues: Int32, marked: Int32, agenda: Int32, counts: Int64
 ) -> None:
@@ -298,7 +300,7 @@ def serve_queues(
 
 @inlined
 def enter_links(
-    slots: Table, heap: Int32, links: Table, flows: Table, dirty: Int32, crossings: Table,
+    slots: Table, heap: Table, links: Table, flows: Table, dirty: Int32, crossings: Table,
     counts: Int64, slot: int, size_bytes: int, now: int,
 ) -> None:  # fmt: skip
     """Let the bytes of a stream's op flow; alone on all its links it needs no sharing."""
@@ -315,8 +317,8 @@ def enter_links(
     slots[slot].is_flowing = 1
     slots[slot].since_ns, slots[slot].left = now, size_bytes
     slots[slot].rate = rate if is_alone else 0.0
-    slots[slot].due_ns = predict(now, float(size_bytes), slots[slot].rate)
-    move(slots, heap, counts[RUNNING], slot)
+    due_ns = predict(now, float(size_bytes), slots[slot].rate)
+    move(slots, heap, counts[RUNNING], slot, due_ns)
     if not is_alone:
         for crossing in range(first, end):
             mark_link(links, dirty, counts, crossings[crossing].link)
@@ -340,7 +342,7 @@ def leave_links(
             mark_link(links, dirty, counts, link)
 
 
-@compiled
+@inlined
 def mark_link(links: Table, dirty: Int32, counts: Int64, link: int) -> None:
     """Share `link` anew at the end of this instant."""
     if not links[link].is_marked:
@@ -422,7 +424,7 @@ def fill(
 
 @inlined
 def change_rates(
-    slots: Table, heap: Int32, near_slots: Int32, counts: Int64, num_slots: int, now: int
+    slots: Table, heap: Table, near_slots: Int32, counts: Int64, num_slots: int, now: int
 ) -> None:
     """Let flows whose rate has changed go on at the new one."""
     for place in range(num_slots):
@@ -431,8 +433,8 @@ def change_rates(
         if rate != slots[slot].rate:
             slots[slot].left -= slots[slot].rate * (now - slots[slot].since_ns)
             slots[slot].since_ns, slots[slot].rate = now, rate
-            slots[slot].due_ns = predict(now, slots[slot].left, rate)
-            move(slots, heap, counts[RUNNING], slot)
+            due_ns = predict(now, slots[slot].left, rate)
+            move(slots, heap, counts[RUNNING], slot, due_ns)
 
 
 # What runs: a heap of slots by due time. Ties need no order: all ends of an instant are done before
@@ -440,46 +442,45 @@ def change_rates(
 
 
 @inlined
-def move(slots: Table, heap: Int32, size: int, slot: int) -> None:
-    """Put a slot where it belongs after its due time has changed."""
+def move(slots: Table, heap: Table, size: int, slot: int, due_ns: int) -> None:
+    """Put a slot where it belongs now that it is due at another time."""
     place = slots[slot].place
-    if place > 0 and slots[slot].due_ns < slots[heap[(place - 1) // 2]].due_ns:
-        rise(slots, heap, slot, place)
+    if place > 0 and due_ns < heap[(place - 1) // 2].due_ns:
+        rise(slots, heap, slot, place, due_ns)
     else:
-        sink(slots, heap, size, slot, place)
+        sink(slots, heap, size, slot, place, due_ns)
 
 
 @inlined
-def rise(slots: Table, heap: Int32, slot: int, place: int) -> None:
+def rise(slots: Table, heap: Table, slot: int, place: int, due_ns: int) -> None:
     """Let a slot rise from `place`."""
-    due = slots[slot].due_ns
     while place > 0:
         parent = (place - 1) // 2
-        other = heap[parent]
-        if slots[other].due_ns <= due:
+        if heap[parent].due_ns <= due_ns:
             break
-        heap[place] = other
-        slots[other].place = place
+        put(slots, heap, place, heap[parent].slot, heap[parent].due_ns)
         place = parent
-    heap[place] = slot
-    slots[slot].place = place
+    put(slots, heap, place, slot, due_ns)
 
 
 @inlined
-def sink(slots: Table, heap: Int32, size: int, slot: int, place: int) -> None:
+def sink(slots: Table, heap: Table, size: int, slot: int, place: int, due_ns: int) -> None:
     """Let a slot sink from `place`; it is not smaller than what stands above."""
-    due = slots[slot].due_ns
     while 2 * place + 1 < size:
         child = 2 * place + 1
-        if child + 1 < size and slots[heap[child + 1]].due_ns < slots[heap[child]].due_ns:
+        if child + 1 < size and heap[child + 1].due_ns < heap[child].due_ns:
             child += 1
-        other = heap[child]
-        if due <= slots[other].due_ns:
+        if due_ns <= heap[child].due_ns:
             break
-        heap[place] = other
-        slots[other].place = place
+        put(slots, heap, place, heap[child].slot, heap[child].due_ns)
         place = child
-    heap[place] = slot
+    put(slots, heap, place, slot, due_ns)
+
+
+@inlined
+def put(slots: Table, heap: Table, place: int, slot: int, due_ns: int) -> None:
+    """Let a slot stand at `place`."""
+    heap[place].slot, heap[place].due_ns = slot, due_ns
     slots[slot].place = place
 
 
@@ -505,7 +506,7 @@ def reach(ops: Table, followers: Int32, meets: Table, members: Int32) -> None:
                     size = list_ready(ops, meets, members, stack, size, follower)
 
 
-@compiled
+@inlined
 def list_ready(ops: Table, meets: Table, members: Int32, stack: Int32, size: int, op: int) -> int:
     """Put `op`, or all of its meet once the last member is there, on the stack."""
     meet = ops[op].meet

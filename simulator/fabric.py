@@ -9,11 +9,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from math import isfinite
-
-import networkx as nx
+from typing import TYPE_CHECKING
 
 from simulator.graph import Crossing
 from simulator.network import Link
+
+if TYPE_CHECKING:
+    import networkx as nx  # a fifth of a second that only drawing a fabric is worth
 
 Node = int | str
 
@@ -81,6 +83,7 @@ def fabric(graph: "nx.Graph[Node]") -> Fabric:
     Raises ValueError for a graph without a rank, for one with directed or parallel edges, and for
     a rate that no link can have, which it names.
 
+    >>> import networkx as nx
     >>> pair = fabric(nx.Graph([(0, "switch", {"bytes_per_s": 2e9}), (1, "switch", {})]))
     >>> [link.name for link in pair.links], pair.path(1, 0)
     (['rank 0 to switch', 'switch to rank 0'], (Crossing(link=1, weight=1),))
@@ -112,6 +115,8 @@ def star(bytes_per_s: Sequence[float]) -> Fabric:
     >>> [link.name for link in star([1e9, 2e9]).links][:2]
     ['rank 0 to switch', 'switch to rank 0']
     """
+    import networkx as nx
+
     edges = [(rank, "switch", {"bytes_per_s": rate}) for rank, rate in enumerate(bytes_per_s)]
     return fabric(nx.Graph(edges))
 
@@ -144,6 +149,8 @@ def clos(
     _check_counts(num_nodes, gpus_per_node, nics_per_node, nodes_per_leaf)
     if not (isfinite(oversubscription) and oversubscription > 0):
         raise ValueError(f"oversubscription is {oversubscription}; it must be above 0")
+    import networkx as nx
+
     graph: nx.Graph[Node] = nx.Graph()
     for node in range(num_nodes):
         gpus = range(gpus_per_node)

@@ -17,6 +17,7 @@ from simulator.event_kernels import (
     MEET,
     NUM_COUNTS,
     OP,
+    RUNNING_OP,
     SLOT,
     Table,
     reach,
@@ -52,7 +53,7 @@ class Tables(NamedTuple):
     meets: Table
     members: Int32
     slots: Table
-    heap: Int32
+    heap: Table
     agenda: Int32
     queues: Int32
     marked: Int32
@@ -133,7 +134,7 @@ def prepare(
 
     return Tables(
         ops=ops, followers=wiring.followers, meets=wiring.meets.copy(), members=wiring.members,
-        slots=slots, heap=empty(len(slots)), agenda=empty(wiring.agenda_room),
+        slots=slots, heap=_table(RUNNING_OP, len(slots) + 1), agenda=empty(wiring.agenda_room),
         queues=empty(num_queued), marked=empty(len(slots)), links=table,
         flows=_table(FLOW, int(wiring.first_flow[-1])), dirty=empty(len(links)),
         crossings=wiring.crossings, paths=wiring.paths, near_links=empty(len(links)),

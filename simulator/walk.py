@@ -14,7 +14,6 @@ from simulator.checks import Int64
 from simulator.deadlock import DeadlockError
 from simulator.graph import OpCosts
 from simulator.jitter import MASK, STRIDE, Jitter, mix
-from simulator.loop import wire
 from simulator.schedule import Schedule
 from simulator.step import (
     SEND_B,
@@ -174,6 +173,8 @@ def check_times(schedule: Schedule, times: StepTimes) -> None:
 
 def blocked(schedule: Schedule, convention: Convention) -> DeadlockError:
     """Return the error that names who waits for whom in an order that blocks itself."""
+    from simulator.loop import wire  # tier 2, which a walk does not need
+
     try:
         wire(lower(schedule, convention=convention).graph)
     except DeadlockError as error:

@@ -7,14 +7,14 @@ import numpy as np
 import numpy.typing as npt
 
 from simulator.checks import Int64
-from simulator.compiled import compiled
+from simulator.compiled import compiled, inlined
 
 Int32 = npt.NDArray[np.int32]
 
 UNKNOWN = -1
 
 
-@compiled
+@inlined
 def draw(key: int, microbatch: int) -> int:
     """Return the table place of one micro-batch; the same lines as `jitter.mix`."""
     x = key ^ (microbatch & 0xFFFFFFFF)
@@ -23,7 +23,7 @@ def draw(key: int, microbatch: int) -> int:
     return int((x ^ (x >> 16)) >> 20)
 
 
-@compiled
+@inlined
 def jittered(ns: int, table: Int64, key: int, microbatch: int) -> int:
     """Return `ns` times its factor / 2^20, rounded down."""
     factor = table[draw(key, microbatch)]
@@ -99,7 +99,7 @@ def walk(
     return num_done
 
 
-@compiled
+@inlined
 def receive(
     code: int, start: int, m: int, times: Int64, keys: Int64, table: Int64, draws: bool,
     arrivals: Int64,
@@ -112,7 +112,7 @@ def receive(
     return end
 
 
-@compiled
+@inlined
 def duration_of(
     part: int, stage: int, microbatch: int, times: Int64, keys: Int64, table: Int64, draws: bool
 ) -> int:

@@ -23,6 +23,14 @@ SEQ_LEN = 32
 NUM_BACKWARDS = 3
 
 
+@pytest.fixture(autouse=True)
+def _one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)  # tiny kernels on several threads of a busy machine wait for seconds
+    yield
+    torch.set_num_threads(before)
+
+
 def stage(splits_backward: bool, spec: ModelSpec = TINY, is_last: bool = True) -> LlamaStage:
     with torch.device("meta"):
         built = LlamaStage(spec, range(spec.num_layers), is_last, is_last, splits_backward)
