@@ -79,8 +79,8 @@ def _walk(
     """Return the walk with all ends and the sequence, or, where `num_kept` is 0, without them."""
     num_stages, m = schedule.num_stages, schedule.num_microbatches
     before, after = (_by_rank(schedule, edge[:, lane]) for edge in times.edge_ns())
-    inputs = np.full((2, num_stages * m), UNKNOWN, np.int64)
-    inputs[0, :m] = inputs[1, (num_stages - 1) * m :] = 0
+    inputs = np.full(2 * num_stages * m, UNKNOWN, np.int64)
+    inputs[:m] = inputs[-m:] = 0
     action_ends, sequence = np.empty(num_kept, np.int64), np.empty(num_kept, np.int32)
     keys = np.zeros((6, num_stages), np.int64) if jitter is None else _keys(jitter.seed, num_stages)
     num_done = walk(

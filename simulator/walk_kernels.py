@@ -39,11 +39,11 @@ def walk(
     """Walk all ranks' orders of one candidate; return how many actions were done.
 
     codes [A]; offsets [p + 1]; homes [S]; times and keys [6, S]; clock [p], in: when each rank
-    begins, out: when it is done; arrivals [2, S * m], in: UNKNOWN but for inputs that are there
-    from the start, out: the end of each message; ends [A]; sequence [A], out: the actions in an
-    order in which each comes after all that it waits for. `ends` and `sequence` are empty where
-    nobody wants them, `tables` [2, 4096] is [2, 0] where nothing is drawn. Fewer than A: the ranks
-    block each other.
+    begins, out: when it is done; arrivals [2 * S * m], forward and then backward, stage by stage,
+    in: UNKNOWN but for inputs that are there from the start, out: the end of each message; ends
+    [A]; sequence [A], out: the actions in an order in which each comes after all that it waits
+    for. `ends` and `sequence` are empty where nobody wants them, `tables` [2, 4096] is [2, 0] where
+    nothing is drawn. Fewer than A: the ranks block each other.
 
     In a rendezvous, messages stand link by link in the order of their sends: reads [A] is the
     message that an action reads (-1: none), senders and posts [M] as in `Dataflow`, turns [p * p]
@@ -64,9 +64,9 @@ def walk(
                 code = codes[place]
                 kind, stage, microbatch = code & 3, (code >> 2) & 0x3FFFFF, code >> 24
                 way = 0 if kind == 0 else 1
+                slot = (way * num_stages + stage) * m + microbatch
                 if kind != 3:
-                    slot = stage * m + microbatch
-                    if arrivals[way, slot] < 0:
+                    if arrivals[slot] < 0:
                         break
                     if not is_eager and reads[place] >= 0:
                         link = homes[stage - 1 + 2 * way] * num_ranks + rank
@@ -79,7 +79,7 @@ def walk(
                                 codes[sender], start, m, times, keys, tables[1], draws, arrivals
                             )
                             turns[link] = turn + 1
-                    now = max(now, arrivals[way, slot])
+                    now = max(now, arrivals[slot])
                 now += duration_of(kind, stage, microbatch, times, keys, tables[0], draws)
                 reader = stage + 1 - 2 * way
                 if kind != 3 and 0 <= reader < num_stages:
@@ -89,7 +89,7 @@ def walk(
                             4 + way, stage, microbatch, times, keys, tables[1], draws
                         )
                         arrival = link_free[link] = max(now, link_free[link]) + send
-                    arrivals[way, reader * m + microbatch] = arrival
+                    arrivals[slot + m - 2 * way * m] = arrival
                 if is_kept:
                     ends[place] = now
                     sequence[num_done] = place
@@ -108,7 +108,7 @@ def receive(
     kind, stage, microbatch = code & 3, (code >> 2) & 0x3FFFFF, code >> 24
     way = 0 if kind == 0 else 1
     end = start + duration_of(4 + way, stage, microbatch, times, keys, table, draws)
-    arrivals[way, (stage + 1 - 2 * way) * m + microbatch] = end
+    arrivals[(way * times.shape[1] + stage + 1 - 2 * way) * m + microbatch] = end
     return end
 
 
