@@ -380,7 +380,7 @@ def test_a_curve_is_the_sum_of_what_has_happened(simulation: Simulation, sizes: 
 
 def test_bad_bytes_are_refused() -> None:
     simulation = simulate(task_graph([op(0, "forward")]), [5])
-    with pytest.raises(ValueError, match=r"op op0 \(rank 0, compute\) allocates nan bytes"):
+    with pytest.raises(ValueError, match=r"op0 \(rank 0, compute\) allocates nan bytes"):
         memory_curves(simulation, float("nan"), 0)
     with pytest.raises(ValueError, match="rank 0 frees 1 bytes more than it holds at 5 ns"):
         memory_curves(simulation, 3, 4)
