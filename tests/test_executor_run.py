@@ -171,6 +171,7 @@ def failing_plan() -> Plan:
     return tiny_plan(tiny_layout(dp=2), workload=work)
 
 
+@pytest.mark.slow
 @pytest.mark.dist
 def test_a_failing_rank_is_a_clean_error_without_a_record(tmp_path: Path) -> None:
     with pytest.raises(RanksFailedError) as caught:
@@ -236,6 +237,7 @@ def test_an_interrupted_command_says_what_is_kept(tmp_path: Path, number: int) -
     assert not (tmp_path / "run" / "record.json").exists()
 
 
+@pytest.mark.slow
 @pytest.mark.dist
 @pytest.mark.parametrize("num_steps", [1, 2])
 def test_very_short_runs_are_whole(tmp_path: Path, num_steps: int) -> None:

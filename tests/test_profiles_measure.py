@@ -105,6 +105,7 @@ def test_two_ranks_give_a_sound_profile(tmp_path: Path) -> None:
     assert not cost.is_extrapolated
 
 
+@pytest.mark.slow
 @pytest.mark.dist
 def test_host_costs_of_ranks_that_talk() -> None:
     only = ("dtensor_linear", "pipeline_action")
