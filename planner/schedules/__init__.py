@@ -10,6 +10,8 @@ from planner.schedules.v_shape import dual_pipe_v, zb_v
 from planner.schedules.zero_bubble import zb_h1, zb_h2
 from simulator.schedule import Schedule
 
+Repeats = Literal["microbatch", "group", "nothing"]
+
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Family:
@@ -23,7 +25,7 @@ class Family:
     name: str
     builder: Callable[[int, int, int], Schedule]
     stages_per_rank: int
-    repeats_by: Literal["microbatch", "group", "nothing"]
+    repeats_by: Repeats
 
     def build(
         self, num_ranks: int, num_microbatches: int, stages_per_rank: int | None = None
@@ -61,45 +63,27 @@ class Family:
         return 2 * num_ranks + num_left_over * (num_ranks + 1)
 
 
+def _fixed(
+    name: str, builder: Callable[[int, int], Schedule], stages_per_rank: int, repeats_by: Repeats
+) -> Family:
+    """Return the row of a schedule that has so many stages a rank and no other number."""
+    return Family(
+        name=name,
+        builder=lambda num_ranks, _, num_microbatches: builder(num_ranks, num_microbatches),
+        stages_per_rank=stages_per_rank,
+        repeats_by=repeats_by,
+    )
+
+
 _FAMILIES = (
-    Family(
-        name="gpipe",
-        builder=lambda p, _, m: gpipe(p, m),
-        stages_per_rank=1,
-        repeats_by="nothing",
-    ),
-    Family(
-        name="1f1b",
-        builder=lambda p, _, m: one_f_one_b(p, m),
-        stages_per_rank=1,
-        repeats_by="microbatch",
-    ),
+    _fixed("gpipe", gpipe, 1, "nothing"),
+    _fixed("1f1b", one_f_one_b, 1, "microbatch"),
     Family(name="interleaved", builder=interleaved, stages_per_rank=0, repeats_by="group"),
     Family(name="breadth_first", builder=breadth_first, stages_per_rank=0, repeats_by="nothing"),
-    Family(
-        name="zb_h1",
-        builder=lambda p, _, m: zb_h1(p, m),
-        stages_per_rank=1,
-        repeats_by="microbatch",
-    ),
-    Family(
-        name="zb_h2",
-        builder=lambda p, _, m: zb_h2(p, m),
-        stages_per_rank=1,
-        repeats_by="microbatch",
-    ),
-    Family(
-        name="zb_v",
-        builder=lambda p, _, m: zb_v(p, m),
-        stages_per_rank=2,
-        repeats_by="microbatch",
-    ),
-    Family(
-        name="dual_pipe_v",
-        builder=lambda p, _, m: dual_pipe_v(p, m),
-        stages_per_rank=2,
-        repeats_by="microbatch",
-    ),
+    _fixed("zb_h1", zb_h1, 1, "microbatch"),
+    _fixed("zb_h2", zb_h2, 1, "microbatch"),
+    _fixed("zb_v", zb_v, 2, "microbatch"),
+    _fixed("dual_pipe_v", dual_pipe_v, 2, "microbatch"),
 )
 SCHEDULES = {family.name: family for family in _FAMILIES}
 """Every named schedule."""
