@@ -3,6 +3,8 @@
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from profiles.stack import Recompute, Sharding
+
 LOCAL_SCHEDULES = ("1f1b", "gpipe")
 """What is searched on this machine unless the job asks for others, all of which can be run too.
 
@@ -11,10 +13,11 @@ Few, so that the best of each kind, trained in turn by the demo, differ in more 
 
 
 class MeshPlace(NamedTuple):
-    """The place of a rank on the (pp, dp, tp) mesh."""
+    """The place of a rank on the (pp, dp, cp, tp) mesh."""
 
     pp: int
     dp: int
+    cp: int
     tp: int
 
 
@@ -24,11 +27,17 @@ class Layout:
 
     A pipeline rank holds `stages_per_rank` stages; which ones, the schedule says. Ranks are
     numbered with tp innermost and pp outermost, so that tensor-parallel groups are neighbours:
-    rank = (pp_index * dp + dp_index) * tp + tp_index.
+    rank = ((pp_index * dp + dp_index) * cp + cp_index) * tp + tp_index.
+
+    `cp` ranks share each sequence, `ep` of the dp * cp ranks share the experts of a layer.
+    `sequence_parallel` shards what lies between the tensor-parallel blocks over `tp`. `sharding`
+    says what the dp * cp replicas of a stage divide among themselves: the optimizer state (zero1),
+    the gradients too (zero2), the parameters too (zero3); with `shard_group` in groups of so many
+    replicas (hybrid sharding), 0 for all of them.
 
     >>> layout = Layout(dp=2, tp=2, pp=2, micro_batch=1, num_microbatches=4, stage_layers=(3, 3))
     >>> layout.place(5), layout.num_ranks, str(layout)
-    (MeshPlace(pp=1, dp=0, tp=1), 8, 'dp=2,tp=2,pp=2,1f1b,mb=1x4')
+    (MeshPlace(pp=1, dp=0, cp=0, tp=1), 8, 'dp=2,tp=2,pp=2,1f1b,mb=1x4')
     """
 
     dp: int
@@ -39,9 +48,16 @@ class Layout:
     stage_layers: tuple[int, ...]
     schedule: str = "1f1b"
     stages_per_rank: int = 1
+    cp: int = 1
+    ep: int = 1
+    sequence_parallel: bool = False
+    sharding: Sharding = "none"
+    shard_group: int = 0
+    recompute: Recompute = "none"
 
     def __post_init__(self) -> None:
-        for name in ("dp", "tp", "pp", "micro_batch", "num_microbatches", "stages_per_rank"):
+        for name in ("dp", "tp", "pp", "micro_batch", "num_microbatches", "stages_per_rank",
+                     "cp", "ep"):  # fmt: skip
             if (value := getattr(self, name)) < 1:
                 raise ValueError(f"layout.{name} is {value}; it must be at least 1")
         if len(self.stage_layers) != self.num_stages or min(self.stage_layers) < 1:
@@ -53,7 +69,17 @@ class Layout:
     @property
     def num_ranks(self) -> int:
         """Ranks that the layout occupies."""
-        return self.dp * self.tp * self.pp
+        return self.replicas * self.tp * self.pp
+
+    @property
+    def replicas(self) -> int:
+        """Ranks that hold, or share, one and the same part of the model."""
+        return self.dp * self.cp
+
+    @property
+    def shard_ranks(self) -> int:
+        """Ranks that share what `sharding` shards; 1 without sharding."""
+        return 1 if self.sharding == "none" else self.shard_group or self.replicas
 
     @property
     def num_stages(self) -> int:
@@ -68,14 +94,19 @@ class Layout:
     def place(self, rank: int) -> MeshPlace:
         """Return where `rank` sits on the mesh."""
         rest, tp = divmod(rank, self.tp)
+        rest, cp = divmod(rest, self.cp)
         pp, dp = divmod(rest, self.dp)
-        return MeshPlace(pp, dp, tp)
+        return MeshPlace(pp, dp, cp, tp)
 
     def __str__(self) -> str:
         """Return the layout in the words of `layline plan`."""
         stages = f"v={self.stages_per_rank}," if self.stages_per_rank > 1 else ""
         schedule = f"{self.schedule}," if self.pp > 1 else ""
+        cp = f"cp={self.cp}," if self.cp > 1 else ""
+        ep = f"ep={self.ep}," if self.ep > 1 else ""
+        sharding = f"{self.sharding}," if self.sharding != "none" else ""
+        recompute = f"recompute={self.recompute}," if self.recompute != "none" else ""
         return (
-            f"dp={self.dp},tp={self.tp},pp={self.pp},{stages}{schedule}"
-            f"mb={self.micro_batch}x{self.num_microbatches}"
+            f"dp={self.dp},tp={self.tp},{cp}{ep}pp={self.pp},{stages}{schedule}{sharding}"
+            f"{recompute}mb={self.micro_batch}x{self.num_microbatches}"
         )

@@ -23,7 +23,9 @@ class ModelSpec:
     """The shape of one decoder-only transformer.
 
     A LLaMA has `norm="rmsnorm"`, `mlp="swiglu"`, `positions="rope"` and no biases; the GPT-3 and
-    Megatron shapes have `layernorm`, `gelu`, `learned` and biases.
+    Megatron shapes have `layernorm`, `gelu`, `learned` and biases. With `num_experts` the MLP of
+    every layer is that many experts of inner width `ffn`, of which a router gives each token
+    `experts_per_token`, and `num_shared_experts` more through which every token goes.
 
     >>> tiny = ModelSpec(name="tiny", num_layers=2, hidden=64, num_heads=4, num_kv_heads=2,
     ...                  head_size=16, ffn=128, vocab=256, max_seq_len=128)
@@ -48,6 +50,9 @@ class ModelSpec:
     rope_theta: float = 10_000.0
     rope_scaling: RopeScaling | None = None
     has_biases: bool = False
+    num_experts: int = 0
+    experts_per_token: int = 0
+    num_shared_experts: int = 0
 
     def __post_init__(self) -> None:
         for field in ("num_layers", "hidden", "num_heads", "num_kv_heads", "head_size", "ffn",
@@ -61,20 +66,33 @@ class ModelSpec:
             )
         if self.positions == "rope" and self.head_size % 2:
             raise ValueError(f"model.head_size is {self.head_size}; RoPE needs it to be even")
+        if self.num_experts and not 1 <= self.experts_per_token <= self.num_experts:
+            raise ValueError(
+                f"model.experts_per_token is {self.experts_per_token}; "
+                f"it must be from 1 to model.num_experts ({self.num_experts})"
+            )
 
     @property
     def is_llama_like(self) -> bool:
-        """Whether the decoder is RMSNorm, RoPE, SwiGLU without biases."""
-        return (self.norm, self.mlp, self.positions, self.has_biases) == (
-            "rmsnorm", "swiglu", "rope", False,
+        """Whether the decoder is RMSNorm, RoPE, SwiGLU without biases and experts."""
+        return (self.norm, self.mlp, self.positions, self.has_biases, self.num_experts) == (
+            "rmsnorm", "swiglu", "rope", False, 0,
         )  # fmt: skip
+
+    @property
+    def num_mlp_parameters(self) -> int:
+        """Parameters of the matrices of one MLP, or of one expert."""
+        return (3 if self.mlp == "swiglu" else 2) * self.hidden * self.ffn
 
     @property
     def num_layer_parameters(self) -> int:
         """Parameters of one transformer layer."""
         q_width, kv_width = self.num_heads * self.head_size, self.num_kv_heads * self.head_size
         attention = self.hidden * (q_width + 2 * kv_width) + q_width * self.hidden
-        mlp = (3 if self.mlp == "swiglu" else 2) * self.hidden * self.ffn
+        mlp = self.num_mlp_parameters
+        if self.num_experts:
+            copies = self.num_experts + self.num_shared_experts
+            mlp = copies * mlp + self.hidden * self.num_experts
         norms = 2 * self.hidden * (2 if self.norm == "layernorm" else 1)
         biases = 0
         if self.has_biases:
@@ -105,11 +123,14 @@ class ModelSpec:
     def train_flops_per_token(self, seq_len: int) -> int:
         """Return the model flops of one token, forward and backward, for MFU.
 
-        6 per matrix parameter (the LM head counts, the embedding look-up does not) plus causal
+        6 per matrix parameter that the token meets (the LM head counts; the embedding look-up and
+        the experts it is not given to do not) plus causal
         attention, 6 * layers * heads * head_size * seq_len: half of the full 12, since a token
         attends to the tokens before it. Source: PaLM (arXiv:2204.02311), appendix B, with the
         causal half taken as in Megatron-LM's later reports.
         """
         norms = 2 * self.hidden * (2 if self.norm == "layernorm" else 1)
-        matrices = self.num_layers * (self.num_layer_parameters - norms) + self.vocab * self.hidden
+        idle = max(0, self.num_experts - self.experts_per_token) * self.num_mlp_parameters
+        layer = self.num_layer_parameters - norms - idle
+        matrices = self.num_layers * layer + self.vocab * self.hidden
         return 6 * matrices + 6 * self.num_layers * self.num_heads * self.head_size * seq_len

@@ -1,16 +1,66 @@
 """`StackSpec`: the software that runs a layout, as far as it changes time or memory."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Literal, NamedTuple
+
+Attention = Literal["unfused", "flash2", "flash3"]
+Fusion = Literal["eager", "fused", "compiled"]
+Sharding = Literal["none", "zero1", "zero2", "zero3"]
+Recompute = Literal["none", "selective", "full"]
+
+
+class Scalar(NamedTuple):
+    """One calibrated number of a stack: its value and the band that the data leaves open."""
+
+    value: float
+    low: float
+    high: float
+
+
+class Meaning(NamedTuple):
+    """What a scalar stands for, its neutral value, and the bounds outside which it is absurd."""
+
+    text: str
+    unit: str
+    neutral: float
+    at_least: float
+    at_most: float
+
+
+SCALARS: Mapping[str, Meaning] = {
+    "matmul": Meaning("matrix products in training over the same ones alone", "", 1.0, 0.7, 2.0),
+    "attention": Meaning("attention in training over the kernel alone", "", 1.0, 0.5, 3.0),
+    "memory": Meaning("memory-bound kernels over the bytes they must move", "", 1.0, 0.5, 4.0),
+    "launch": Meaning("host time of one kernel launch", "us", 5.0, 1.0, 60.0),
+    "intra": Meaning("collectives inside a node over the same ones alone", "", 1.0, 0.5, 4.0),
+    "inter": Meaning("collectives between nodes over the same ones alone", "", 1.0, 0.5, 6.0),
+    "exposed": Meaning("part of overlapped communication that is not hidden", "", 0.1, 0.0, 1.0),
+    "step": Meaning("host time of one optimizer step", "ms", 5.0, 0.0, 500.0),
+}
+"""The scalars that `layline calibrate` finds, at most these eight a stack (docs/models.md)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StackSpec:
-    """What the training software fuses and overlaps; sizes in bytes.
+    """What the training software fuses, overlaps and keeps; sizes in bytes.
 
-    `overlaps_gradients` says whether the gradient all-reduce hides behind the last backward. On
-    CPU ranks it does not: the collective is computed by the very core that runs the backward.
-    `fuses_norms` says whether RMSNorm is one kernel; composed of several, it keeps the normalised
-    input for its backward.
+    `overlaps_gradients` says whether the gradient reduction hides behind the last backward,
+    `overlaps_parameters` whether the gathering of sharded parameters hides behind the computation,
+    `overlaps_tensor` whether tensor-parallel collectives hide behind matrix products, and
+    `overlaps_messages` whether a pipeline rank computes while a message is on its way. On CPU ranks
+    nothing is hidden: the collective is computed by the very core that runs the backward.
+
+    `fuses_norms` says whether a norm is one kernel; composed of several, it keeps the normalised
+    input for its backward. `fusion` says the same of all memory-bound work between the matrix
+    products: one kernel an operator, hand-fused kernels, or what a compiler makes of it.
+
+    A parameter takes its compute dtype, and of each of its owners `master_bytes` for a copy in full
+    precision and `moment_bytes` for the optimizer's moments; its gradient is kept in
+    `gradient_bytes` and reduced in `reduction_bytes`. 0 stands for the compute dtype's own size (in
+    `moment_bytes`: of both moments).
+
+    `scalars` holds what `layline calibrate` found, by the names in `SCALARS`.
     """
 
     name: str
@@ -19,3 +69,25 @@ class StackSpec:
     fuses_norms: bool
     source: str
     date: str
+    overlaps_parameters: bool = False
+    overlaps_tensor: bool = False
+    overlaps_messages: bool = False
+    fusion: Fusion = "eager"
+    attention: Attention = "flash2"
+    uses_cuda_graphs: bool = False
+    gradient_bytes: int = 0
+    reduction_bytes: int = 0
+    master_bytes: int = 0
+    moment_bytes: int = 0
+    sharding: Sharding = "none"
+    recompute: Recompute = "none"
+    scalars: Mapping[str, Scalar] = field(default_factory=dict)
+
+    def scalar(self, name: str) -> float:
+        """Return the value of scalar `name`, neutral where it was not calibrated.
+
+        >>> StackSpec(name="s", overlaps_gradients=True, gradient_bucket_bytes=1, fuses_norms=True,
+        ...           source="made up", date="2026-01-01").scalar("matmul")
+        1.0
+        """
+        return self.scalars[name].value if name in self.scalars else SCALARS[name].neutral

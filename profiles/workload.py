@@ -3,8 +3,9 @@
 from dataclasses import dataclass
 from typing import Literal
 
-DType = Literal["fp32", "bf16"]
-DTYPE_BYTES: dict[DType, int] = {"fp32": 4, "bf16": 2}
+DType = Literal["fp32", "bf16", "fp16", "fp8"]
+DTYPE_BYTES: dict[DType, int] = {"fp32": 4, "bf16": 2, "fp16": 2, "fp8": 2}
+"""Bytes of a stored element; fp8 is a dtype of matrix products, whose operands are kept in bf16."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
