@@ -193,6 +193,34 @@ def report(inputs: tuple[Path, ...], output: Path) -> None:
 
 
 @main.command()
+@click.argument("runs", type=FILE, nargs=-1, required=True)
+@click.option("--json", "json_file", type=FILE, help="Write scores by group and every row.")
+@click.option("--page", type=FILE, metavar="FOLDER", help="Write the table and figure of the docs.")
+def validate(runs: tuple[Path, ...], json_file: Path | None, page: Path | None) -> None:
+    """Score predictions against published runs in CSV files (docs/validation.md)."""
+    from layline.show import progress_bar
+    from layline.validate import FIGURE, PAGE, validation_file, write_page
+    from layline.validate import validate as validate_runs
+    from profiles.files import check_writable, write_text
+    from reports.accuracy import accuracy_text
+
+    written = [json_file, *((page / PAGE, page / FIGURE) if page else ())]
+    for file in filter(None, written):
+        _spare(runs, file)
+        check_writable(file)
+    with progress_bar("validate") as progress:
+        outcomes = validate_runs(runs, progress)
+    click.echo(accuracy_text(outcomes))
+    if json_file is not None:
+        write_text(json_file, validation_file(runs, outcomes))
+    if page is not None:
+        names = " ".join(path.name for path in runs)
+        write_page(page, outcomes, f"layline validate {names} --page {page.name}")
+    for file in filter(None, written):
+        click.echo(f"wrote {file}")
+
+
+@main.command()
 @click.argument("what", type=click.Choice(["engines", "executor"]))
 @as_json
 def bench(what: str, as_json: bool) -> None:

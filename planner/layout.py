@@ -60,10 +60,10 @@ class Layout:
                      "cp", "ep"):  # fmt: skip
             if (value := getattr(self, name)) < 1:
                 raise ValueError(f"layout.{name} is {value}; it must be at least 1")
-        if len(self.stage_layers) != self.num_stages or min(self.stage_layers) < 1:
+        if len(self.stage_layers) != self.num_stages or min(self.stage_layers) < 0:
             raise ValueError(
                 f"layout.stage_layers is {self.stage_layers}; "
-                f"it needs one positive count for each of {self.num_stages} stages"
+                f"it needs one count for each of {self.num_stages} stages"
             )
 
     @property

@@ -4,36 +4,53 @@ Equations and sources: docs/models.md.
 """
 
 from collections.abc import Sequence
+from functools import lru_cache
+from typing import NamedTuple, Self
 
 import numpy as np
 
-from planner.kernels import StageShape, stage_parameters
+from planner.activations import (
+    Sizes,
+    head_activation_bytes,
+    layer_activation_bytes,
+    layer_of,
+    stage_activation_bytes,
+)
 from planner.layout import Layout
 from planner.plan import PeakMemory
 from profiles.model import ModelSpec
 from profiles.stack import StackSpec
-from profiles.workload import DTYPE_BYTES, Workload
-from simulator.schedule import STAGE_MASK, STAGE_SHIFT, Schedule
+from profiles.workload import Workload
+from simulator.schedule import STAGE_MASK, STAGE_SHIFT, Codes, Schedule
+
+__all__ = [
+    "context_bytes",
+    "head_activation_bytes",
+    "layer_activation_bytes",
+    "peak_activations",
+    "peak_alive",
+    "peak_memory",
+    "stage_activation_bytes",
+]
 
 
-def layer_activation_bytes(shape: StageShape, element_bytes: int, *, fuses_norms: bool) -> int:
-    """Return what autograd keeps of one layer of one micro-batch, without recomputation.
+_GIB = 1 << 30
+_CONTEXT_BYTES, _COMMUNICATOR_BYTES = _GIB // 2, 6 * _GIB // 10
 
-    Per token: both norm inputs and both norm outputs (4 h), where norms are not fused also the
-    normalised inputs (2 h); queries, keys, values and the attention's output (2 q + 2 kv); gate,
-    up, silu(gate) and the product, input of the down projection (4 f); one fp32 log-sum-exp per
-    head and one inverse deviation per norm. A test holds this to what autograd saves.
+
+def context_bytes(layout: Layout) -> int:
+    """Return what a process holds on its GPU outside of the framework's allocator.
+
+    The CUDA context and its kernels take half a GiB, NCCL's buffers 0.6 GiB on each axis of more
+    than one rank. The most that a run on GPUs of 79.65 GiB could reserve with three such axes was
+    77.4 GiB (nanotron sweep, 2025-02).
+
+    >>> context_bytes(Layout(dp=8, tp=1, pp=1, micro_batch=1, num_microbatches=1,
+    ...                      stage_layers=(2,))) // 2**20
+    1126
     """
-    norms = (4 if fuses_norms else 6) * shape.model.hidden
-    widths = norms + 2 * shape.q_width + 2 * shape.kv_width + 4 * shape.ffn
-    statistics = 4 * (shape.model.num_heads // shape.tp + 2)
-    return shape.rows * (widths * element_bytes + statistics)
-
-
-def head_activation_bytes(shape: StageShape, element_bytes: int, *, fuses_norms: bool) -> int:
-    """Return what the last stage keeps beside its layers: its norm's, and an fp32 log-softmax."""
-    norm = (2 if fuses_norms else 3) * shape.model.hidden * element_bytes + 4
-    return shape.rows * (norm + 4 * shape.vocab)
+    axes = (layout.dp, layout.tp, layout.pp, layout.cp)
+    return _CONTEXT_BYTES + _COMMUNICATOR_BYTES * sum(degree > 1 for degree in axes)
 
 
 def peak_alive(schedule: Schedule, rank: int) -> int:
@@ -54,22 +71,140 @@ def peak_activations(schedule: Schedule, stage_bytes: Sequence[int]) -> tuple[in
     or the weight half of one, frees it.
     """
     held = np.asarray(stage_bytes, np.int64)
+    return tuple(int((alive @ held[stages]).max()) for stages, alive in _alive(schedule))
+
+
+@lru_cache(maxsize=128)
+def _alive(schedule: Schedule) -> tuple[tuple[Codes, Codes], ...]:
+    """Return per rank its stages and, a row each, how many micro-batches they hold together."""
     change = np.array([1, -1, 0, -1])
-    return tuple(
-        int(np.cumsum(change[order & 3] * held[(order >> STAGE_SHIFT) & STAGE_MASK]).max())
-        for order in schedule.orders
-    )
+    ranks = []
+    for order in schedule.orders:
+        stages, place = np.unique((order >> STAGE_SHIFT) & STAGE_MASK, return_inverse=True)
+        changes = np.zeros((len(order), len(stages)), np.int64)
+        changes[np.arange(len(order)), place] = change[order & 3]
+        alive = np.unique(np.cumsum(changes, axis=0), axis=0)
+        ranks.append((stages, alive[-1:] if len(stages) == 1 else alive))
+    return tuple(ranks)
 
 
-def stage_activation_bytes(
-    model: ModelSpec, workload: Workload, layout: Layout, stack: StackSpec
-) -> tuple[int, ...]:
-    """Return what each stage keeps of one micro-batch from its forward to its backward."""
-    element, shape = DTYPE_BYTES[workload.dtype], _shape(model, workload, layout)
-    layer = layer_activation_bytes(shape, element, fuses_norms=stack.fuses_norms)
-    head = head_activation_bytes(shape, element, fuses_norms=stack.fuses_norms)
-    stages = [num_layers * layer for num_layers in layout.stage_layers]
-    return (*stages[:-1], stages[-1] + head)
+class _Weights(NamedTuple):
+    """Parameters on one rank, experts apart, and of its largest unit that is gathered at once."""
+
+    dense: int
+    experts: int
+    largest_unit: int
+
+    @property
+    def whole(self) -> int:
+        """All of them."""
+        return self.dense + self.experts
+
+    @classmethod
+    def of(
+        cls, model: ModelSpec, layout: Layout, num_layers: int, *, is_first: bool, is_last: bool
+    ) -> Self:
+        """Return what a rank of `num_layers` layers holds: matrices divided by tp, norms whole.
+
+        Tied embeddings that lie on two ranks are two copies.
+        """
+        tp, norm = layout.tp, model.hidden * (2 if model.norm == "layernorm" else 1)
+        expert = model.num_experts * model.num_mlp_parameters
+        layer = (model.num_layer_parameters - expert - 2 * norm) // tp + 2 * norm
+        routed = expert // layout.ep // tp
+        table, ends = model.vocab // tp * model.hidden, 0
+        if is_first:
+            ends = table + model.num_embedding_parameters - model.vocab * model.hidden
+        if is_last:
+            ends += norm + (0 if model.tied_embeddings and is_first else table)
+        return cls(num_layers * layer + ends, num_layers * routed, max(layer + routed, ends))
+
+
+class _States(NamedTuple):
+    """What one rank holds in any case, and what its update of the weights takes on top."""
+
+    num_parameters: int
+    parameters: int
+    gradients: int
+    optimizer: int
+    buffers: int
+    update: int
+
+    @classmethod
+    def of(cls, weights: _Weights, element: int, layout: Layout, stack: StackSpec) -> Self:
+        """Return the states of a rank with `weights`, in elements of `element` bytes.
+
+        Under zero3 the master copy is what is sharded and gathered, where there is one. An update
+        of a master copy from gradients in another dtype converts its shard of them.
+        """
+        stage = ("none", "zero1", "zero2", "zero3").index(layout.sharding)
+        shard, whole = layout.shard_ranks, weights.whole
+        share = weights.dense // shard + weights.experts // max(shard // layout.ep, 1)
+        gradient, master = stack.gradient_bytes or element, stack.master_bytes
+        parameters = whole if stage < 3 else 0 if master else share
+        converted = 4 * share if master and gradient != 4 else 0
+        return cls(
+            num_parameters=whole,
+            parameters=parameters * element,
+            gradients=(whole if stage < 2 else share) * gradient,
+            optimizer=share * (master + (stack.moment_bytes or 2 * element)),
+            buffers=_bucket_bytes(weights, element, layout, stack),
+            update=converted + _gathered_bytes(whole, share, element, layout, stack),
+        )
+
+
+def _bucket_bytes(weights: _Weights, element: int, layout: Layout, stack: StackSpec) -> int:
+    """Return the buffers of the traffic among replicas.
+
+    Under zero2 and zero3 two units are in whole at a time, one in use and one on its way: their
+    gradients, and under zero3 their parameters. Otherwise it is one bucket in each direction, or
+    without flat buffers all buckets of the gradients.
+    """
+    if layout.sharding in ("zero2", "zero3"):
+        width = (stack.reduction_bytes or element) + (element if layout.sharding == "zero3" else 0)
+        return 2 * weights.largest_unit * width
+    if not stack.uses_flat_buffers:
+        return weights.whole * element if layout.replicas > 1 else 0
+    if layout.shard_ranks == 1:
+        return 0
+    return 2 * min(stack.gradient_bucket_bytes, weights.whole * element)
+
+
+def _gathered_bytes(whole: int, share: int, element: int, layout: Layout, stack: StackSpec) -> int:
+    """Return the copy into which updated shards are gathered where buffers are not flat."""
+    if stack.uses_flat_buffers or layout.sharding in ("none", "zero3") or layout.shard_ranks == 1:
+        return 0
+    return (whole + share) * element
+
+
+def _working_bytes(model: ModelSpec, size: Sizes, layout: Layout, stack: StackSpec) -> int:
+    """Return the largest short-lived working set of one layer's backward.
+
+    What was not kept and is made again; the gradients that flow through the MLP, or through the
+    scores; with sequence parallelism, inputs and gradients of the whole hidden width on their way
+    to and from the sharded stream, two collectives of each of the layer's two blocks: they stay
+    allocated until the exchange stream is done with them.
+    """
+    layer = layer_of(model, size, stack)
+    pairs = layer.scores // (2 * size.element + 1)
+    gradients = size.element * max(3 * size.rows * size.ffn, pairs)
+    return layer.total - layer.kept(layout.recompute) + gradients + 4 * _whole(model, size, layout)
+
+
+def _exchange_bytes(model: ModelSpec, size: Sizes, layout: Layout) -> int:
+    """Return the standing buffers of the exchanges inside a layer.
+
+    With sequence parallelism the gathered input and the gathered gradient; with context parallelism
+    keys and values of one peer in use and of one on their way.
+    """
+    ring = 4 * size.rows * size.kv_width * size.element if layout.cp > 1 else 0
+    return 2 * _whole(model, size, layout) + ring
+
+
+def _whole(model: ModelSpec, size: Sizes, layout: Layout) -> int:
+    """Return a tensor of the whole hidden width where such are gathered, else 0."""
+    is_gathered = layout.sequence_parallel and layout.tp > 1
+    return size.rows * model.hidden * size.element if is_gathered else 0
 
 
 def peak_memory(
@@ -82,32 +217,60 @@ def peak_memory(
 ) -> tuple[PeakMemory, ...]:
     """Return the peak memory of each pipeline rank, over all of its stages.
 
-    The optimizer holds AdamW's two moments in the dtype of the parameters. `temporary` is the
-    largest short-lived working set: the gradient of the logits beside the logits themselves where
-    the last stage is, else the gradients that flow through one MLP.
+    `temporary` is the largest short-lived working set: of one layer's backward; on the last stage
+    of the loss, logits in fp32 and their gradient; and, where gradients are accumulated in another
+    dtype than they are made in, all that the last backward has made by its end, when the
+    activations of its micro-batch are gone.
     """
-    element, shape = DTYPE_BYTES[workload.dtype], _shape(model, workload, layout)
-    activations = peak_activations(schedule, stage_activation_bytes(model, workload, layout, stack))
-    parameters = [0] * layout.pp
-    temporary = [3 * shape.rows * shape.ffn * element] * layout.pp
-    for stage, rank in enumerate(schedule.homes.tolist()):
-        parameters[rank] += stage_parameters(shape, layout.stage_layers, stage)
-    last = int(schedule.homes[-1])
-    temporary[last] = max(temporary[last], 2 * shape.rows * shape.vocab * 4)
-    return tuple(
-        PeakMemory(
-            parameters=parameters[rank] * element,
-            gradients=parameters[rank] * element,
-            optimizer=2 * parameters[rank] * element,
-            activations=activations[rank],
-            temporary=temporary[rank],
-            context=context_bytes,
+    size = Sizes.of(model, workload, layout)
+    stage_bytes = stage_activation_bytes(model, workload, layout, stack)
+    activations = peak_activations(schedule, stage_bytes)
+    working = _working_bytes(model, size, layout, stack)
+    logits = size.rows * size.vocab * (4 + size.element)
+    exchange = _exchange_bytes(model, size, layout)
+    accumulates = (stack.gradient_bytes or size.element) != size.element
+    found = []
+    for rank, (stages, states) in enumerate(_ranks(model, size, layout, schedule, stack)):
+        kept = sum(stage_bytes[stage] for stage in stages)
+        made = size.element * states.num_parameters - kept
+        temporary = max(
+            working,
+            logits if layout.num_stages - 1 in stages else 0,
+            made if accumulates and layout.sharding in ("none", "zero1") else 0,
         )
-        for rank in range(layout.pp)
-    )
+        held = states.parameters + states.gradients + states.optimizer + states.buffers + exchange
+        in_use = held + max(activations[rank] + temporary, states.update)
+        found.append(
+            PeakMemory(
+                parameters=states.parameters,
+                gradients=states.gradients,
+                optimizer=states.optimizer,
+                activations=activations[rank],
+                temporary=temporary,
+                context=context_bytes,
+                buffers=states.buffers + exchange,
+                update=states.update,
+                reserve=round(stack.allocator_slack * in_use),
+            )
+        )
+    return tuple(found)
 
 
-def _shape(model: ModelSpec, workload: Workload, layout: Layout) -> StageShape:
-    return StageShape(
-        model=model, tp=layout.tp, micro_batch=layout.micro_batch, seq_len=workload.seq_len
-    )
+def _ranks(
+    model: ModelSpec, size: Sizes, layout: Layout, schedule: Schedule, stack: StackSpec
+) -> list[tuple[list[int], _States]]:
+    """Return the stages and the states of each rank; ranks that hold the same are counted once."""
+    stages_of: list[list[int]] = [[] for _ in range(layout.pp)]
+    for stage, rank in enumerate(schedule.homes.tolist()):
+        stages_of[rank].append(stage)
+    known: dict[tuple[int, bool, bool], _States] = {}
+    found = []
+    for stages in stages_of:
+        num_layers = sum(layout.stage_layers[stage] for stage in stages)
+        is_first, is_last = 0 in stages, layout.num_stages - 1 in stages
+        if (states := known.get((num_layers, is_first, is_last))) is None:
+            weights = _Weights.of(model, layout, num_layers, is_first=is_first, is_last=is_last)
+            states = _States.of(weights, size.element, layout, stack)
+            known[num_layers, is_first, is_last] = states
+        found.append((stages, states))
+    return found

@@ -12,7 +12,7 @@ from profiles.errors import InvalidInputError
 from profiles.files import canonical_json, digest, from_plain, read_json, write_text
 from profiles.model import ModelSpec
 from profiles.profile import Cost, DeviceFacts
-from profiles.stack import StackSpec
+from profiles.stack import MemoryLog, StackSpec
 from profiles.workload import Workload
 from simulator.schedule import Schedule, parse_schedule
 
@@ -51,7 +51,13 @@ class StageCost:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class PeakMemory:
-    """Predicted peak memory of one pipeline rank, in bytes, by what holds it."""
+    """Predicted peak memory of one pipeline rank, in bytes, by what holds it.
+
+    A step has two peaks: in its forwards and backwards, where `activations` and `temporary` lie on
+    top of the states and the communication `buffers`, and in the optimizer's update, where `update`
+    does. `reserve` is what the allocator holds and nobody uses, `context` what the process holds
+    before anything is allocated.
+    """
 
     parameters: int
     gradients: int
@@ -59,11 +65,39 @@ class PeakMemory:
     activations: int
     temporary: int
     context: int
+    buffers: int = 0
+    update: int = 0
+    reserve: int = 0
+
+    @property
+    def updating(self) -> int:
+        """What is allocated at the peak of the optimizer's update."""
+        return self.parameters + self.gradients + self.optimizer + self.buffers + self.update
+
+    @property
+    def allocated(self) -> int:
+        """What is allocated at the peak of the step."""
+        return self.updating - self.update + max(self.activations + self.temporary, self.update)
 
     @property
     def total(self) -> int:
-        """All of it."""
-        return sum(getattr(self, field.name) for field in fields(self))
+        """All that the process occupies."""
+        return self.allocated + self.reserve + self.context
+
+    def logged(self, log: MemoryLog) -> int:
+        """Return what a stack logs as its peak, by the word of `StackSpec.logs_memory`.
+
+        "device" is all that the process occupies, "reserved" what its allocator holds, "allocated"
+        what is in use of that, and "update" the same for a stack that resets the counter after each
+        backward, and so sees the optimizer's update only.
+        """
+        if log == "update":
+            return self.updating
+        return {
+            "device": self.total,
+            "reserved": self.allocated + self.reserve,
+            "allocated": self.allocated,
+        }[log]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

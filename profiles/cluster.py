@@ -25,13 +25,18 @@ class GpuSpec:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class LinkSpec:
-    """One direction of one rank's link: bytes per second and the latency of one message."""
+    """One direction of one rank's link: bytes per second and the latency of one message.
+
+    `uses_host` says that the host's cores move the bytes (TCP sockets instead of RDMA): they are
+    then missing where kernels are launched.
+    """
 
     name: str
     bytes_per_s: float
     latency_ns: int
     source: str
     date: str
+    uses_host: bool = False
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

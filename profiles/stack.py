@@ -7,7 +7,10 @@ from typing import Literal, NamedTuple
 Attention = Literal["unfused", "flash2", "flash3"]
 Fusion = Literal["eager", "fused", "compiled"]
 Sharding = Literal["none", "zero1", "zero2", "zero3"]
+Partition = Literal["even", "slots", "cost"]
 Recompute = Literal["none", "selective", "full"]
+TensorOverlap = Literal["none", "backward", "all"]
+MemoryLog = Literal["device", "reserved", "allocated", "update"]
 
 
 class Scalar(NamedTuple):
@@ -37,19 +40,30 @@ SCALARS: Mapping[str, Meaning] = {
     "inter": Meaning("collectives between nodes over the same ones alone", "", 1.0, 0.5, 6.0),
     "exposed": Meaning("part of overlapped communication that is not hidden", "", 0.1, 0.0, 1.0),
     "step": Meaning("host time of one optimizer step", "ms", 5.0, 0.0, 500.0),
+    "message": Meaning("host time of one pipeline message", "us", 100.0, 1.0, 1e6),
+    "crossing": Meaning(
+        "host time of a tensor-parallel collective, per member, in a pipeline over nodes",
+        "us",
+        1.0,
+        0.0,
+        1e3,
+    ),
+    "spanning": Meaning(
+        "host time of a tensor-parallel collective over nodes, per member", "us", 1.0, 0.0, 1e3
+    ),
 }
-"""The scalars that `layline calibrate` finds, at most these eight a stack (docs/models.md)."""
+"""The scalars that `layline calibrate` finds, at most eight of them a stack (docs/models.md)."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class StackSpec:
     """What the training software fuses, overlaps and keeps; sizes in bytes.
 
-    `overlaps_gradients` says whether the gradient reduction hides behind the last backward,
-    `overlaps_parameters` whether the gathering of sharded parameters hides behind the computation,
-    `overlaps_tensor` whether tensor-parallel collectives hide behind matrix products, and
-    `overlaps_messages` whether a pipeline rank computes while a message is on its way. On CPU ranks
-    nothing is hidden: the collective is computed by the very core that runs the backward.
+    `overlaps_gradients` says whether the gradient reduction hides behind the last backward, and
+    `overlaps_parameters` whether the gathering of sharded parameters hides behind the computation.
+    `tensor_overlap` says which tensor-parallel collectives hide behind matrix products: none, those
+    of the backward (each behind the product of the weight gradient), or all. On CPU ranks nothing
+    is hidden: the collective is computed by the very core that runs the backward.
 
     `fuses_norms` says whether a norm is one kernel; composed of several, it keeps the normalised
     input for its backward. `fusion` says the same of all memory-bound work between the matrix
@@ -59,6 +73,15 @@ class StackSpec:
     precision and `moment_bytes` for the optimizer's moments; its gradient is kept in
     `gradient_bytes` and reduced in `reduction_bytes`. 0 stands for the compute dtype's own size (in
     `moment_bytes`: of both moments).
+
+    `uses_flat_buffers` says whether gradients lie in the buffers that are reduced and parameters in
+    those that are gathered; without them the buckets of the gradients are a second copy of them,
+    and sharded parameters are gathered into one. `allocator_slack` is what the caching allocator
+    reserves beyond what is in use at the peak, as part of it. `logs_memory` says what the stack
+    itself logs as its peak (`PeakMemory.logged`).
+
+    `partition` is the rule by which layers are dealt to pipeline stages (`planner.partition`).
+    `sharding` and `recompute` are what it does unless told otherwise.
 
     `scalars` holds what `layline calibrate` found, by the names in `SCALARS`.
     """
@@ -70,8 +93,7 @@ class StackSpec:
     source: str
     date: str
     overlaps_parameters: bool = False
-    overlaps_tensor: bool = False
-    overlaps_messages: bool = False
+    tensor_overlap: TensorOverlap = "none"
     fusion: Fusion = "eager"
     attention: Attention = "flash2"
     uses_cuda_graphs: bool = False
@@ -79,8 +101,12 @@ class StackSpec:
     reduction_bytes: int = 0
     master_bytes: int = 0
     moment_bytes: int = 0
+    uses_flat_buffers: bool = True
+    allocator_slack: float = 0.0
+    logs_memory: MemoryLog = "device"
     sharding: Sharding = "none"
     recompute: Recompute = "none"
+    partition: Partition = "even"
     scalars: Mapping[str, Scalar] = field(default_factory=dict)
 
     def scalar(self, name: str) -> float:

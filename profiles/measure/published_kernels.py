@@ -1,0 +1,499 @@
+"""Write profiles/data/kernels.toml from published kernel measurements.
+
+Run as `python -m profiles.measure.published_kernels FOLDER`; FOLDER holds kernels.csv and
+ett_kernels.csv.gz. The same folder gives the same bytes. The formulas are those of
+`profiles.kernel_curves`; here their numbers are found, by a pattern search on the mean of
+|ln(predicted / measured)|, which outliers hardly move.
+"""
+
+import math
+import statistics
+import sys
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from functools import partial
+from pathlib import Path
+from typing import NamedTuple, TypeVar
+
+from profiles.kernel_curves import DTYPE_BYTES, AttentionCurve, MatmulCurve, fused_ns, matmul_ns
+from profiles.measure import published_rows as published
+from profiles.measure.published_rows import AttentionRow, MatmulRow, MemoryRow
+from profiles.presets import gpu_preset, gpu_presets
+
+TARGET = Path(__file__).parent.parent / "data" / "kernels.toml"
+HEADER = """\
+# How fast published kernels ran: written by `python -m profiles.measure.published_kernels FOLDER`.
+#
+# docs/models.md has the formulas and the rules of extrapolation. `median` and `p90` are absolute
+# relative errors over `rows` measurements, `cross_` the same over five folds, each predicted by
+# a fit without it. `num_processors` counts streaming multiprocessors (compute units of MI300X).
+"""
+
+Numbers = dict[str, float]
+Loss = Callable[[Numbers], float]
+Table = dict[str, str | float | bool]
+Row = TypeVar("Row", MatmulRow, AttentionRow, MemoryRow)
+NUM_FOLDS = 5
+LEAST_STEP = 0.004
+# No kernel that was timed ended sooner.
+LEAST_LAUNCH_NS = 1500.0
+
+AICONFIGURATOR = "github:ai-dynamo/aiconfigurator@095f58a51"
+SIMUMAX = "github:MooreThreads/SimuMax@4dcaae5"
+OPERATORS = "github:DebarghaG/estimate-train-time@1ac4d5e"
+FIGURES = "github:Dao-AILab/flash-attention assets (figures)"
+PAPER = "arXiv 2407.08608 (figure of the backward)"
+
+# As the driver counts them, not the full die.
+NUM_PROCESSORS = {
+    "v100-sxm2-16gb": 80,
+    "v100-sxm2-32gb": 80,
+    "a100-sxm-40gb": 108,
+    "a100-sxm-80gb": 108,
+    "a100-pcie-80gb": 108,
+    "h100-pcie": 114,
+    "h100-sxm": 132,
+    "h200-sxm": 132,
+    "b200-sxm": 148,
+    "b300-sxm": 148,
+    "gb200": 152,
+    "gb300": 152,
+    "l40s": 142,
+    "mi300x": 304,
+}
+
+
+class Source(NamedTuple):
+    """Where products were measured: the device's name in kernels.csv, dtypes, the source."""
+
+    name: str
+    dtypes: tuple[str, ...]
+    source: str
+    date: str
+
+
+MATMULS = {
+    "a100-sxm-80gb": Source("NVIDIA A100-SXM4-80GB", ("bf16",), AICONFIGURATOR, "2026-01-01"),
+    "a100-pcie-80gb": Source("A100-PCIe-80GB", ("bf16",), SIMUMAX, "2026-05-01"),
+    "h100-sxm": Source("NVIDIA H100 80GB HBM3", ("bf16", "fp8"), AICONFIGURATOR, "2026-01-01"),
+    "h200-sxm": Source("NVIDIA H200", ("bf16", "fp8"), AICONFIGURATOR, "2026-01-01"),
+    "b200-sxm": Source("NVIDIA B200", ("bf16", "fp8"), AICONFIGURATOR, "2026-01-01"),
+    "gb200": Source("NVIDIA GB200", ("bf16", "fp8"), AICONFIGURATOR, "2026-01-01"),
+    "b300-sxm": Source("NVIDIA B300 SXM6 AC", ("bf16", "fp8"), AICONFIGURATOR, "2026-01-01"),
+    "l40s": Source("NVIDIA L40S", ("bf16", "fp8"), AICONFIGURATOR, "2026-01-01"),
+}
+BLACKWELL = ("b200-sxm", "gb200", "b300-sxm")
+
+# The same silicon beside another memory: the numbers hold as measured.
+MATMUL_TWINS = {"a100-sxm-40gb": "a100-sxm-80gb"}
+ATTENTION_TWINS = {"a100-sxm-40gb": "a100-sxm-80gb", "h200-sxm": "h100-sxm"}
+MEMORY_TWINS = {"a100-sxm-40gb": "a100-sxm-80gb", "h200-sxm": "h100-sxm"}
+# The nearest relative of a device that was not measured.
+MATMUL_RELATIVES = {
+    "v100-sxm2-16gb": "a100-sxm-80gb",
+    "v100-sxm2-32gb": "a100-sxm-80gb",
+    "h100-pcie": "h100-sxm",
+    "gb300": "b300-sxm",
+    "mi300x": "h100-sxm",
+}
+ATTENTION_RELATIVES = {
+    "a100-pcie-80gb": "a100-sxm-80gb",
+    "h100-pcie": "h100-sxm",
+    "gb300": "b300-sxm",
+    "l40s": "a100-sxm-80gb",
+    "mi300x": "a100-sxm-80gb",
+}
+MEMORY_RELATIVES = {
+    "v100-sxm2-16gb": "a100-sxm-80gb",
+    "v100-sxm2-32gb": "a100-sxm-80gb",
+    "a100-pcie-80gb": "a100-sxm-80gb",
+    "l40s": "a100-sxm-80gb",
+    "mi300x": "a100-sxm-80gb",
+    "h100-pcie": "h100-sxm",
+    "b200-sxm": "h100-sxm",
+    "gb200": "h100-sxm",
+    "b300-sxm": "h100-sxm",
+    "gb300": "h100-sxm",
+}
+# Operators of GH200 stand for H100; its HBM3 streams 4 TB/s (NVIDIA's GH200 data sheet, 96 GB).
+OPERATOR_GPUS = {
+    "a100-sxm-80gb": ("NVIDIAA100-SXM4-80GB", 2039e9),
+    "h100-sxm": ("NVIDIAGH200120GB", 4000e9),
+}
+# Four times the largest of these caches (H100: 50 MB) no longer fits.
+SMALLEST_ADD_BYTES = 200_000_000
+OPERATOR_STRIDE = 160
+MAMF = {"mi300x": "AMD MI300X", "h100-sxm": "NVIDIA H100 SXM"}
+# V100 has no bf16; its products in fp16 take the place.
+WIDE = "bf16"
+
+
+class Fit(NamedTuple):
+    """Numbers that were found, with their errors in and out of the sample."""
+
+    numbers: Numbers
+    errors: Mapping[str, float]
+
+
+def search(loss: Loss, start: Numbers, step: float = 0.4) -> Numbers:
+    """Return numbers near `start` with the least `loss`: steps by factors, halved when none helps.
+
+    >>> round(search(lambda at: abs(at["x"] - 3), {"x": 1.0})["x"], 2)
+    3.0
+    """
+    best, least = dict(start), loss(start)
+    while step > LEAST_STEP:
+        has_moved = False
+        for name in start:
+            for factor in (math.exp(step), math.exp(-step)):
+                tried = {**best, name: best[name] * factor}
+                if (found := loss(tried)) < least - 1e-9:
+                    best, least, has_moved = tried, found, True
+        if not has_moved:
+            step /= 2
+    return best
+
+
+def fit(
+    rows: Sequence[Row], predict: Callable[[Numbers, Row], float], start: Numbers
+) -> Fit:
+    """Return the numbers that predict `rows` best, and how well they do."""
+
+    def loss_over(part: Sequence[Row]) -> Loss:
+        return lambda at: statistics.fmean(abs(math.log(predict(at, r) / r.ns)) for r in part)
+
+    def errors(at: Numbers, part: Sequence[Row]) -> list[float]:
+        return [abs(predict(at, row) / row.ns - 1) for row in part]
+
+    found = search(loss_over(rows), start)
+    left_out: list[float] = []
+    for fold in range(NUM_FOLDS):
+        kept = [row for place, row in enumerate(rows) if place % NUM_FOLDS != fold]
+        left_out += errors(search(loss_over(kept), found, 0.05), rows[fold::NUM_FOLDS])
+    inside = errors(found, rows)
+    return Fit(
+        found,
+        {
+            "rows": len(rows),
+            "median": round(statistics.median(inside), 3),
+            "p90": round(statistics.quantiles(inside, n=10)[-1], 3),
+            "cross_median": round(statistics.median(left_out), 3),
+            "cross_p90": round(statistics.quantiles(left_out, n=10)[-1], 3),
+        },
+    )
+
+
+def memory_curves(folder: Path) -> Iterator[tuple[str, Table]]:
+    """Yield how each device streams memory.
+
+    Additions give the share of the sheet's rate, GELUs the time to launch: theirs are the small
+    sizes that the cache does not spoil.
+    """
+    found: dict[str, Table] = {}
+    for gpu, (name, peak) in OPERATOR_GPUS.items():
+
+        def predict(at: Numbers, row: MemoryRow, peak: float = peak) -> float:
+            return at["launch"] + 1e9 * row.size_bytes / (at[row.op] * peak)
+
+        start = {"launch": 3000.0, "add": 0.8, "gelu_forward": 0.7, "gelu_backward": 0.7}
+        result = fit(published.memory_rows(folder, name, SMALLEST_ADD_BYTES), predict, start)
+        found[gpu] = {
+            "launch": f"{result.numbers['launch']:.0f} ns",
+            "share": _digits(result.numbers["add"]),
+            **result.errors,
+            "source": f"{OPERATORS} ({name}: additions and GELUs)",
+            "date": "2025-01-01",
+        }
+    for gpu in gpu_presets():
+        origin = MEMORY_TWINS.get(gpu, MEMORY_RELATIVES.get(gpu, gpu))
+        yield (
+            f"memory.{gpu}",
+            {
+                "num_processors": NUM_PROCESSORS[gpu],
+                **_told(found[origin], gpu, origin, gpu in MEMORY_RELATIVES),
+            },
+        )
+
+
+def matmul_curve(gpu: str, dtype: str, at: Numbers, memory_share: float) -> MatmulCurve:
+    """Return the curve that the numbers `at` stand for."""
+    value_bytes, result_bytes = DTYPE_BYTES[dtype]
+    return MatmulCurve(
+        launch_ns=max(LEAST_LAUNCH_NS, at["launch"]),
+        flops_per_s=at["rate"],
+        prologue=at["prologue"],
+        small_tile=min(1.0, at["small_tile"]),
+        throttle=at["throttle"],
+        num_processors=NUM_PROCESSORS[gpu],
+        memory_bytes_per_s=memory_share * gpu_preset(gpu).memory_bytes_per_s,
+        value_bytes=value_bytes,
+        result_bytes=result_bytes,
+    )
+
+
+def fit_matmul(gpu: str, dtype: str, rows: Sequence[MatmulRow], share: float, launch: float) -> Fit:
+    """Return the products of `gpu` in `dtype`; with `launch` 0 that is found, too.
+
+    Rows of fp8 hold the cast of one operand: a second kernel, `cast_launch` and `cast` bytes a
+    value. Those two are found along and left out of the curve.
+    """
+
+    def predict(at: Numbers, row: MatmulRow) -> float:
+        curve = matmul_curve(gpu, dtype, {"launch": launch, **at}, share)
+        ns = matmul_ns(curve, row.m, row.n, row.k)
+        if row.has_cast:
+            ns += at["cast_launch"] + 1e9 * at["cast"] * row.m * row.k / curve.memory_bytes_per_s
+        return ns
+
+    peak = gpu_preset(gpu).peak_flops_per_s[dtype]
+    start = {"rate": 0.8 * peak, "prologue": 150.0, "small_tile": 0.9, "throttle": 0.05}
+    start |= {"cast_launch": 8000.0, "cast": 6.0} if rows[0].has_cast else {}
+    start |= {} if launch else {"launch": 2000.0}
+    result = fit(rows, predict, start)
+    return result._replace(numbers={"launch": launch, **result.numbers})
+
+
+def matmul_curves(folder: Path, shares: Mapping[str, float]) -> dict[tuple[str, str], Table]:
+    """Return the products of every device and dtype, by (device, dtype)."""
+    found: dict[tuple[str, str], Table] = {}
+    for gpu, origin in MATMULS.items():
+        launch = 0.0
+        for dtype in origin.dtypes:
+            rows = published.matmul_rows(folder, origin.name, dtype)
+            result = fit_matmul(gpu, dtype, rows, shares[gpu], launch)
+            launch = result.numbers["launch"]
+            found[gpu, dtype] = {
+                **_matmul_numbers(result.numbers),
+                "smallest_dim": min(min(row[:3]) for row in rows),
+                "most_flops": _digits(max(2.0 * row.m * row.n * row.k for row in rows)),
+                **result.errors,
+                "source": f"{origin.source} ({origin.name})",
+                "date": origin.date,
+                "is_extrapolated": False,
+            }
+    for gpu, twin in MATMUL_TWINS.items():
+        found[gpu, WIDE] = _told(found[twin, WIDE], gpu, twin, False)
+    largest = {gpu: published.largest_tflops(folder, name, WIDE) for gpu, name in MAMF.items()}
+    for gpu, relative in MATMUL_RELATIVES.items():
+        peaks, known = (gpu_preset(name).peak_flops_per_s for name in (gpu, relative))
+        for dtype in ("fp8", "bf16", "fp16"):
+            if dtype in peaks and (dtype != "fp16" or WIDE not in peaks):
+                origin_dtype = WIDE if dtype == "fp16" else dtype
+                ratio = peaks[dtype] / known[origin_dtype]
+                if gpu in largest:
+                    ratio = largest[gpu] / largest[relative]
+                found[gpu, dtype] = _scaled(
+                    found[relative, origin_dtype], gpu, relative, {"rate": ratio}
+                )
+    for gpu in gpu_presets():
+        peaks = gpu_preset(gpu).peak_flops_per_s
+        wide = WIDE if WIDE in peaks else "fp16"
+        ratio = peaks["fp32"] / peaks[wide]
+        found[gpu, "fp32"] = _scaled(found[gpu, wide], gpu, f"{gpu} in {wide}", {"rate": ratio})
+    return found
+
+
+def _matmul_numbers(at: Numbers) -> Table:
+    return {
+        "launch": f"{max(LEAST_LAUNCH_NS, at['launch']):.0f} ns",
+        "rate": f"{at['rate'] / 1e12:.1f} TFLOP/s",
+        "prologue": _digits(at["prologue"]),
+        "small_tile": _digits(min(1.0, at["small_tile"])),
+        "throttle": round(at["throttle"], 4),
+    }
+
+
+def attention_curve(gpu: str, direction: str, at: Numbers, share: float) -> AttentionCurve:
+    """Return the curve of one direction that the numbers `at` stand for."""
+    return AttentionCurve(
+        launch_ns=at["launch"],
+        flops_per_s=at[f"{direction}_rate"],
+        scores_per_s=at[f"{direction}_scores"],
+        overhead_keys=at[f"{direction}_overhead"],
+        num_processors=NUM_PROCESSORS[gpu],
+        memory_bytes_per_s=share * gpu_preset(gpu).memory_bytes_per_s,
+    )
+
+
+def fit_attention(gpu: str, rows: Sequence[AttentionRow], share: float, launch: float) -> Fit:
+    """Return the numbers of a fused kernel, forward and, where a row has it, backward.
+
+    Two sources carry a nuisance number that is found along: `torch_flow` times helper kernels and
+    the host with the core, and the machine of `operators` is slower by a factor than the figures'.
+    """
+
+    def predict(at: Numbers, row: AttentionRow) -> float:
+        both = ("forward", "backward")
+        ns = 0.0
+        for direction in both if row.direction == "both" else (row.direction,):
+            ns += fused_ns(
+                attention_curve(gpu, direction, {"launch": launch, **at}, share),
+                published.DIRECTION_FLOPS[direction],
+                batch=row.batch,
+                heads=row.heads,
+                kv_heads=row.kv_heads,
+                queries=row.length,
+                keys=row.length,
+                head_size=row.head_size,
+                causal=row.causal,
+            )
+        return ns * at.get(row.source, 1.0) + at.get(f"{row.source}_host", 0.0)
+
+    sources = {row.source for row in rows}
+    start = {"operators": 1.1} if "operators" in sources else {}
+    start |= {"torch_flow_host": 20_000.0} if "torch_flow" in sources else {}
+    peak = gpu_preset(gpu).peak_flops_per_s[WIDE]
+    has_backward = any(row.direction != "forward" for row in rows)
+    for direction in ("forward", "backward") if has_backward else ("forward",):
+        start[f"{direction}_rate"] = 0.7 * peak
+        start[f"{direction}_scores"] = 4e12
+        start[f"{direction}_overhead"] = 200.0
+    result = fit(rows, predict, start)
+    return result._replace(numbers={"launch": launch, **result.numbers})
+
+
+def attention_curves(
+    folder: Path, shares: Mapping[str, float], launches: Mapping[str, float]
+) -> dict[tuple[str, str], dict[str, Table]]:
+    """Return the fused kernels of every device, by (device, kernel) and direction."""
+    figures, flow = partial(published.attention_rows, folder), "torch_flow"
+    a100, h100 = "A100-SXM4-80GB", "H100-SXM5-80GB"
+    operators = published.operator_attention_rows(folder, f"NVIDIA{a100}", OPERATOR_STRIDE)
+    fits: dict[tuple[str, str], tuple[Sequence[AttentionRow], str, str]] = {
+        ("a100-sxm-80gb", "flash2"): (
+            [*figures(a100, "FlashAttention-2"), *operators],
+            f"{FIGURES}; split between the directions: {OPERATORS}",
+            "2023-07-01",
+        ),
+    }
+    for kernel, library in (("flash2", "FlashAttention-2"), ("flash3", "FlashAttention-3")):
+        rows = [*figures(h100, library), *published.figure_rows(library)]
+        fits["h100-sxm", kernel] = (rows, f"{FIGURES}; {PAPER}", "2024-07-01")
+    for gpu in BLACKWELL:
+        name = MATMULS[gpu].name
+        fits[gpu, "flash3"] = (figures(name, flow), f"{AICONFIGURATOR} ({name})", "2026-01-01")
+    found: dict[tuple[str, str], dict[str, Table]] = {}
+    hopper: Numbers = {}
+    for (gpu, kernel), (rows, source, date) in fits.items():
+        result = fit_attention(gpu, rows, shares[gpu], launches[gpu])
+        about: Table = {**result.errors, "source": source, "date": date}
+        if gpu == "h100-sxm":
+            hopper = result.numbers
+        found[gpu, kernel] = _directions(result.numbers, hopper, about)
+    return found
+
+
+def _directions(at: Numbers, hopper: Numbers, about: Table) -> dict[str, Table]:
+    """Return the tables of both directions.
+
+    Where no backward was measured it stands to the forward as on Hopper with flash3.
+    """
+    tables: dict[str, Table] = {}
+    for direction in ("forward", "backward"):
+        is_measured = f"{direction}_rate" in at
+        numbers = {
+            name: at[f"{direction}_{name}"]
+            if is_measured
+            else at[f"forward_{name}"] * hopper[f"backward_{name}"] / hopper[f"forward_{name}"]
+            for name in ("rate", "scores", "overhead")
+        }
+        tables[direction] = {
+            "launch": f"{at['launch']:.0f} ns",
+            "rate": f"{numbers['rate'] / 1e12:.1f} TFLOP/s",
+            "scores_per_s": _digits(numbers["scores"]),
+            "overhead_keys": _digits(numbers["overhead"]),
+            **about,
+            "is_extrapolated": not is_measured,
+        }
+        if not is_measured:
+            tables[direction]["source"] = f"{about['source']}, forward x backward of h100-sxm"
+    return tables
+
+
+def spread_attention(
+    found: Mapping[tuple[str, str], Mapping[str, Table]],
+    matmuls: Mapping[tuple[str, str], Table],
+) -> Iterator[tuple[str, Table]]:
+    """Yield the attention of every device: its own, its twin's, or its relative's scaled.
+
+    Both rates of a relative's kernel are scaled by the ratio of the rates of matrix products.
+    """
+    for (origin, kernel), tables in found.items():
+        for direction, table in tables.items():
+            yield f"attention.{origin}.{kernel}.{direction}", table
+            for gpu, twin in ATTENTION_TWINS.items():
+                if twin == origin:
+                    is_far = bool(table["is_extrapolated"])
+                    yield f"attention.{gpu}.{kernel}.{direction}", _told(table, gpu, twin, is_far)
+            for gpu, relative in ATTENTION_RELATIVES.items():
+                if relative == origin:
+                    ratio = _rate(matmuls[gpu, WIDE]) / _rate(matmuls[relative, WIDE])
+                    factors = {"rate": ratio, "scores_per_s": ratio}
+                    scaled = _scaled(table, gpu, relative, factors)
+                    yield f"attention.{gpu}.{kernel}.{direction}", scaled
+
+
+def _rate(table: Table) -> float:
+    return float(str(table["rate"]).split()[0])
+
+
+def _digits(value: float) -> float:
+    """Return `value` with four significant digits."""
+    return float(f"{value:.4g}")
+
+
+def _told(table: Table, gpu: str, origin: str, is_extrapolated: bool) -> Table:
+    told = {**table, "is_extrapolated": is_extrapolated}
+    if gpu != origin:
+        told["source"] = f"{table['source']}; {gpu} as {origin}"
+    return told
+
+
+def _scaled(table: Table, gpu: str, origin: str, factors: Mapping[str, float]) -> Table:
+    scaled = _told(table, gpu, origin, True)
+    for name, factor in factors.items():
+        value = table[name]
+        if isinstance(value, str):
+            scaled[name] = f"{factor * float(value.split()[0]):.1f} {value.split()[1]}"
+        else:
+            scaled[name] = _digits(factor * value)
+    ratio = next(iter(factors.values()))
+    scaled["source"] = f"{table['source']}; {gpu} = {ratio:.3f} x {origin}"
+    return scaled
+
+
+def _render(tables: Mapping[str, Table]) -> str:
+    parts = [HEADER]
+    for name in sorted(tables):
+        lines = [f"[{name}]"]
+        for key, value in tables[name].items():
+            text = f'"{value}"' if isinstance(value, str) else str(value).lower()
+            lines.append(f"{key} = {text}")
+        parts.append("\n".join(lines) + "\n")
+    return "\n".join(parts)
+
+
+def kernel_tables(folder: Path) -> dict[str, Table]:
+    """Return every table of kernels.toml by its name, found from the measurements in `folder`."""
+    tables = dict(memory_curves(folder))
+    shares = {gpu: float(tables[f"memory.{gpu}"]["share"]) for gpu in gpu_presets()}
+    matmuls = matmul_curves(folder, shares)
+    tables |= {f"matmul.{gpu}.{dtype}": table for (gpu, dtype), table in matmuls.items()}
+    launches = {
+        gpu: float(str(table["launch"]).split()[0])
+        for (gpu, dtype), table in matmuls.items()
+        if dtype == WIDE
+    }
+    attention = attention_curves(folder, shares, launches)
+    tables |= dict(spread_attention(attention, matmuls))
+    return tables
+
+
+def main() -> None:
+    """Write the data file."""
+    if len(sys.argv) != 2:
+        raise SystemExit("usage: python -m profiles.measure.published_kernels FOLDER")
+    TARGET.write_text(_render(kernel_tables(Path(sys.argv[1]))), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
