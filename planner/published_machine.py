@@ -69,9 +69,8 @@ _GPUS = (
     _Relative(r"v100", ("v100-sxm2-32gb",)),
     _Relative(r"mi300x", ("mi300x",)),
 )
-_RATE = re.compile(
-    r"(?:(\d{1,3}) ?x ?)?(\d{1,5}(?:\.\d{1,3})?) ?([TG])(B|b)?(?:it|ps|/s|p/s|E\b| ?/ ?s)?"
-)
+_RATE = re.compile(r"(\d{1,5}(?:\.\d{1,3})?) ?([TG])(B|b)?(?:it|ps|/s|p/s|E\b| ?/ ?s)?")
+_COUNT = re.compile(r"\b(\d{1,3}) ?x")
 _FAMILIES = (
     (r"\befa\b|\baws\b", r"efa"),
     (r"slingshot|cray", r"slingshot"),
@@ -181,13 +180,14 @@ def _read_intra(text: str, usual: LinkSpec, relative: float) -> tuple[LinkSpec, 
 def _rate(text: str) -> tuple[int, float] | None:
     """Return how many links a text counts (0: it does not say) and the bytes/s of each.
 
-    >>> _rate("8x200 Gb/s HDR"), _rate("3.2 Tbps"), _rate("900GB/s (bidir)"), _rate("fast")
-    ((8, 25000000000.0), (0, 400000000000.0), (0, 900000000000.0), None)
+    >>> _rate("4x Omni-Path 100 Gb/s"), _rate("3.2 Tbps"), _rate("900GB/s"), _rate("fast")
+    ((4, 12500000000.0), (0, 400000000000.0), (0, 900000000000.0), None)
     """
     if (found := _RATE.search(text)) is None:
         return None
-    rate = float(found[2]) * (1e12 if found[3] == "T" else 1e9) / (1 if found[4] == "B" else 8)
-    return (int(found[1] or 0), rate) if rate else None
+    rate = float(found[1]) * (1e12 if found[2] == "T" else 1e9) / (1 if found[3] == "B" else 8)
+    count = _COUNT.search(text)
+    return (int(count[1]) if count else 0, rate) if rate else None
 
 
 def _read_inter(text: str, gpus_per_node: int, usual: LinkSpec) -> tuple[LinkSpec, tuple[str, ...]]:

@@ -117,7 +117,7 @@ def read_sharding(text: str) -> SharedStates | None:
         return SharedStates("zero3", int(group[1]))
     if _names(r"hsdp|hybrid", words):
         mode: Sharding = "zero2" if _names(r"zero.?2|grad_op", words) else "zero3"
-        group = re.search(r"(?:shard|group|within|over)\D{0,12}(\d{1,6})\b", words)
+        group = re.search(r"(?:shard|group|within|over|of)[ =:]+(\d{1,6})\b", words)
         return SharedStates(mode, int(group[1]) if group else "node")
     if stage := re.search(r"zero[ _-]*(?:stage)?[ _-]*([0-3])", words):
         stages: tuple[Sharding, ...] = ("none", "zero1", "zero2", "zero3")

@@ -243,26 +243,37 @@ def _wire(fabric: LinkSpec) -> _Wire:
     )
 
 
+def _carried(kind: str, group: Group, passes: float, size: float, link: LinkSpec) -> Estimate:
+    """Return what a node needs to pass the buffer `passes` times through each member's link.
+
+    A member that is alone on its node counts as two: its bytes go to the NIC over a link too.
+    """
+    ranks = max(2, group.per_node)
+    time = _inside(kind, ranks, passes / _traffic(kind, ranks) * size, link)
+    return time if group.per_node > 1 else Estimate(time.ns)
+
+
+def _wire_ns(group: Group, passes: float, size: float, wire: _Wire) -> float:
+    """Return the time to pass the buffer `passes` times through the NIC shares of a group."""
+    rate = wire.family.efficiency * wire.bytes_per_s * min(group.per_node, _data().used_nics)
+    return 1e9 * passes * size / rate
+
+
 def _ring(kind: str, group: Group, size: float, intra: LinkSpec, wire: _Wire) -> Estimate:
     """Return the time of rings through all members: the slower tier's bytes, then the steps.
 
     With N nodes, g members on each and n in all, a round is N steps between nodes and n - N
-    inside, of which the time inside a node has g - 1; an all-reduce goes round twice. All rings
-    of a group pass the same bytes through the NIC shares that it fills.
+    inside, of which the time inside a node has g - 1; an all-reduce goes round twice.
     """
     n, g = group
     num_nodes = math.ceil(n / g)
-    traffic = ring_traffic(kind, n)
-    rate = wire.family.efficiency * wire.bytes_per_s * min(g, _data().used_nics)
-    inside = _inside(kind, max(2, g), size if g > 1 else 1.0, intra)
-    inside_ns = inside.ns * traffic / ring_traffic(kind, g) if g > 1 else 0.0
-    launch_ns = inside.ns if g == 1 else 0.0
-    steps_ns = num_nodes * wire.slowness * min(wire.family.step_ns, wire.family.hops.at(size))
-    steps_ns += max(0, n - num_nodes - (g - 1)) * _data().inside_step_ns
-    rounds = 2 if kind == "all_reduce" else 1
-    return Estimate(
-        max(inside_ns, 1e9 * traffic * size / rate) + rounds * steps_ns, inside.is_extrapolated
-    )
+    passes = ring_traffic(kind, n)
+    inside = _carried(kind, group, passes, size, intra)
+    step_ns = wire.slowness * min(wire.family.step_ns, wire.family.hops.at(size))
+    round_ns = num_nodes * step_ns + max(0, n - num_nodes - (g - 1)) * _data().inside_step_ns
+    num_rounds = 2 if kind == "all_reduce" else 1
+    bytes_ns = max(inside.ns, _wire_ns(group, passes, size, wire))
+    return Estimate(bytes_ns + num_rounds * round_ns, inside.is_extrapolated)
 
 
 def _tree_ns(group: Group, size: float, intra: LinkSpec, wire: _Wire) -> float:
@@ -274,15 +285,14 @@ def _tree_ns(group: Group, size: float, intra: LinkSpec, wire: _Wire) -> float:
     """
     n, g = group
     num_nodes = math.ceil(n / g)
-    rate = wire.family.efficiency * wire.bytes_per_s * min(g, _data().used_nics)
-    traffic = 1.0 if num_nodes == 2 else ring_traffic("all_reduce", n)
-    inside_ns = _inside("all_reduce", g, size, intra).ns if g > 1 else 0.0
+    passes = ring_traffic("all_reduce", n)
+    inside_passes = ring_traffic("all_reduce", max(2, g)) if num_nodes == 2 else passes
     if g != _NVLS_RANKS or intra.name not in _NVLS_LINKS:
-        inside_ns /= _TREE_SHARE
-    if num_nodes > 2 and g > 1:
-        inside_ns *= traffic / ring_traffic("all_reduce", g)
+        inside_passes /= _TREE_SHARE
+    inside = _carried("all_reduce", group, inside_passes, size, intra)
+    wire_ns = _wire_ns(group, 1.0 if num_nodes == 2 else passes, size, wire)
     hop_ns = wire.slowness * wire.family.hops.at(size)
-    return max(inside_ns, 1e9 * traffic * size / rate) + 2 * math.log2(num_nodes) * hop_ns
+    return max(inside.ns, wire_ns) + 2 * math.log2(num_nodes) * hop_ns
 
 
 def _all_to_all(group: Group, size: float, intra: LinkSpec, wire: _Wire) -> Estimate:
@@ -293,12 +303,10 @@ def _all_to_all(group: Group, size: float, intra: LinkSpec, wire: _Wire) -> Esti
     """
     n, g = group
     data = _data()
-    remote = (n - g) / n
-    wire_ns = 1e9 * remote * size / (data.all_to_all_share * wire.bytes_per_s)
-    inside = _inside("all_to_all", g, size, intra) if g > 1 else Estimate(0.0)
-    inside_ns = inside.ns * _traffic("all_to_all", n) / _traffic("all_to_all", g) if g > 1 else 0.0
-    posts_ns = (n - g) * wire.slowness * data.all_to_all_post_ns
-    return Estimate(max(inside_ns, wire_ns) + posts_ns, inside.is_extrapolated)
+    wire_ns = 1e9 * (n - g) / n * size / (data.all_to_all_share * wire.bytes_per_s)
+    inside = _carried("all_to_all", group, _traffic("all_to_all", n), size, intra)
+    late_ns = wire.family.hops.at(1.0) + (n - g) * data.all_to_all_post_ns
+    return Estimate(max(inside.ns, wire_ns) + wire.slowness * late_ns, inside.is_extrapolated)
 
 
 def _across(kind: str, group: Group, size: float, intra: LinkSpec, inter: LinkSpec) -> Estimate:
@@ -327,8 +335,8 @@ def collective(
 
     Kinds: all_reduce, all_gather, reduce_scatter, all_to_all, send_recv (a group of two). Every
     rank of a node takes part in such a collective at the same time, each group in its own: `inter`
-    is what one rank's share of the NICs gives, and a group has `per_node` of them. A group that
-    would fit one node is never faster for crossing nodes.
+    is what one rank's share of the NICs gives, and a group has `per_node` of them. Crossing nodes
+    is never faster than staying inside with as many ranks, up to eight.
 
     >>> from profiles.presets import fabric_preset, link_preset
     >>> links = link_preset("nvlink4"), fabric_preset("ndr400")
@@ -350,8 +358,5 @@ def collective(
             "cluster has no fabric; name one"
         )
     crossed = _across(kind, group, size_bytes, intra, inter)
-    if group.size > _NVLS_RANKS:
-        return crossed
-    return Estimate(
-        max(crossed.ns, _inside(kind, group.size, size_bytes, intra).ns), crossed.is_extrapolated
-    )
+    inside = _inside(kind, min(group.size, _NVLS_RANKS), size_bytes, intra)
+    return Estimate(max(crossed.ns, inside.ns), crossed.is_extrapolated)

@@ -1,6 +1,7 @@
 """Presets: models, clusters, fabrics and stacks by name, from the data files of this package."""
 
 import difflib
+import json
 import tomllib
 from collections.abc import Iterable, Mapping
 from functools import cache
@@ -11,7 +12,7 @@ from profiles.cluster import ClusterSpec, GpuSpec, LinkSpec, PoolSpec
 from profiles.errors import InvalidInputError, Problem
 from profiles.model import ModelSpec, RopeScaling
 from profiles.quantity import parse_quantity
-from profiles.stack import StackSpec
+from profiles.stack import USUAL_SCALARS, Scalar, StackSpec
 
 
 @cache
@@ -59,8 +60,8 @@ def fabric_presets() -> tuple[str, ...]:
 def stack_presets() -> tuple[str, ...]:
     """Return the names of all software stacks.
 
-    >>> stack_presets()
-    ('layline-gloo', 'layline-nccl')
+    >>> "torchtitan" in stack_presets()
+    True
     """
     return tuple(_tables("stacks.toml"))
 
@@ -206,12 +207,29 @@ def stack_preset(name: str) -> StackSpec:
     >>> stack_preset("layline-gloo").gradient_bucket_bytes
     26214400
     """
-    table = _find(_tables("stacks.toml"), name, "stack")
+    table = dict(_find(_tables("stacks.toml"), name, "stack"))
+    if "like" in table:
+        table = {**_tables("stacks.toml")[table.pop("like")], **table}
+    bucket = parse_quantity(table.pop("gradient_bucket"), "bytes")
+    calibrates = tuple(table.pop("calibrates", USUAL_SCALARS))
     return StackSpec(
         name=name,
-        overlaps_gradients=table["overlaps_gradients"],
-        gradient_bucket_bytes=parse_quantity(table["gradient_bucket"], "bytes"),
-        fuses_norms=table["fuses_norms"],
-        source=table["source"],
-        date=table["date"],
+        gradient_bucket_bytes=bucket,
+        calibrates=calibrates,
+        scalars=stack_scalars(name),
+        **table,
     )
+
+
+@cache
+def stack_scalars(name: str) -> Mapping[str, Scalar]:
+    """Return the calibrated scalars of stack `name`, and for the others what all stacks share.
+
+    Empty where nothing was calibrated at all.
+    """
+    path = resources.files("profiles").joinpath("data", "scalars.json")
+    if not path.is_file():
+        return {}
+    found = json.loads(path.read_text(encoding="utf-8"))["scalars"]
+    scalars = {**found["shared"], **found.get(name, {})}
+    return {key: Scalar(*scalars[key]) for key in sorted(scalars)}

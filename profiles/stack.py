@@ -52,7 +52,9 @@ SCALARS: Mapping[str, Meaning] = {
         "host time of a tensor-parallel collective over nodes, per member", "us", 1.0, 0.0, 1e3
     ),
 }
-"""The scalars that `layline calibrate` finds, at most eight of them a stack (docs/models.md)."""
+"""The scalars of all stacks, of which each calibrates at most eight (docs/models.md)."""
+
+USUAL_SCALARS = ("matmul", "attention", "memory", "launch", "intra", "inter", "exposed", "step")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -81,9 +83,11 @@ class StackSpec:
     itself logs as its peak (`PeakMemory.logged`).
 
     `partition` is the rule by which layers are dealt to pipeline stages (`planner.partition`).
-    `sharding` and `recompute` are what it does unless told otherwise.
+    `sharding`, `recompute` and `interleaves` (several stages a pipeline rank) are what it does
+    unless told otherwise.
 
-    `scalars` holds what `layline calibrate` found, by the names in `SCALARS`.
+    `scalars` holds what `layline calibrate` found, by the names in `SCALARS`: of those that the
+    stack `calibrates`, at most eight; the others have the value that all stacks share.
     """
 
     name: str
@@ -107,6 +111,8 @@ class StackSpec:
     sharding: Sharding = "none"
     recompute: Recompute = "none"
     partition: Partition = "even"
+    interleaves: bool = False
+    calibrates: tuple[str, ...] = USUAL_SCALARS
     scalars: Mapping[str, Scalar] = field(default_factory=dict)
 
     def scalar(self, name: str) -> float:

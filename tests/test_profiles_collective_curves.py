@@ -121,7 +121,7 @@ def test_published_rates(
 )
 def test_small_reductions_grow_with_the_logarithm_of_the_nodes(num_nodes: int, us: float) -> None:
     found = time_us("all_reduce", 4 * num_nodes, 4, 1024, "nvlink4-mesh4", "slingshot11")
-    assert found == pytest.approx(us, rel=0.15)
+    assert found == pytest.approx(us, rel=0.17)
 
 
 # The HF playbook's logged bandwidths, 90th percentile: all-gather of 256 MiB, 8 GPUs a node, EFA.

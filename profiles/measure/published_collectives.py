@@ -11,12 +11,12 @@ import re
 import statistics
 import sys
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
 from profiles.lookup import ring_traffic
-from profiles.measure.published_fabrics import Crossing, Curve, Curves, fit, never_falling
+from profiles.measure.published_fabrics import Crossing, Curve, Curves, Family, fit, never_falling
 from profiles.presets import fabric_preset
 
 TARGET = Path(__file__).parent.parent / "data" / "collectives.toml"
@@ -233,11 +233,13 @@ def _send_recv_share(folder: Path) -> float:
     return statistics.median(shares)
 
 
-def _all_to_all(crossings: Iterable[Crossing], curves: Curves) -> tuple[float, float]:
+def _all_to_all(
+    crossings: Iterable[Crossing], curves: Curves, families: Mapping[str, Family]
+) -> tuple[float, float]:
     """Return (share of the wire rate, us of each remote member) of whole-node all-to-alls.
 
     Each member sends (n - g) / n of its buffer over its own NIC share; a small one costs what
-    it costs inside and a post for each of the n - g remote members.
+    it costs inside, a hop, and a post for each of the n - g remote members.
     """
     found = sorted(
         (crossing.size_bytes, crossing)
@@ -248,7 +250,7 @@ def _all_to_all(crossings: Iterable[Crossing], curves: Curves) -> tuple[float, f
     remote = large.size - large.per_node
     rate = 1e6 * remote / large.size * large.size_bytes / large.time_us
     inside_us = curves[small.link, small.kind, small.per_node][1][0]
-    post_us = (small.time_us - inside_us) / remote
+    post_us = (small.time_us - inside_us - families[small.family].hops_us[0]) / remote
     return rate / fabric_preset(large.fabric).bytes_per_s, post_us
 
 
@@ -330,7 +332,8 @@ def main(folder: Path) -> None:
     samples, crossings = list(read_samples(folder)), list(read_crossings(folder))
     curves = build_curves(samples)
     step_us = inside_step_us(curves)
-    share, post_us = _all_to_all(crossings, curves)
+    families = fit(crossings, curves, step_us)
+    share, post_us = _all_to_all(crossings, curves, families)
     lines = [HEAD, "[inside]", f"step_us = {step_us:.4g}", "", "[messages]"]
     lines += [f"all_to_all_share = {share:.4g}", f"all_to_all_post_us = {post_us:.4g}"]
     lines += [f"send_recv_share = {_send_recv_share(folder):.4g}"]
@@ -348,7 +351,7 @@ def main(folder: Path) -> None:
         lines.append(
             f'{name} = {{ family = "{family}", is_measured = {str(is_measured).lower()} }}'
         )
-    for name, found in fit(crossings, curves, step_us).items():
+    for name, found in families.items():
         kinds = ", ".join(f'"{kind}"' for kind in found.kinds)
         lines += ["", f"[families.{name}]", f"efficiency = {found.efficiency:.4g}"]
         lines += [f"step_us = {found.step_us:.4g}", f"sizes_bytes = {found.sizes_bytes}"]
