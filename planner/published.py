@@ -13,19 +13,20 @@ from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 
-from planner.predict import Setup
 from planner.published_layout import read_degrees, read_layout
 from planner.published_machine import Machine, read_machine
 from planner.published_metric import Measured, read_metric
 from planner.published_model import positive, read_model, whole
 from planner.published_words import (
     PADDED_STACKS,
+    StackName,
     read_attention,
     read_framework,
     read_precision,
     read_recompute,
     read_sharding,
 )
+from planner.setup import Setup
 from profiles.errors import InvalidInputError, Problem, UnsupportedError
 from profiles.files import MAX_FILE_BYTES
 from profiles.model import ModelSpec
@@ -52,6 +53,7 @@ class PublishedRun:
 
     id: str
     group: str
+    framework: str
     setups: tuple[Setup, ...]
     measured: Measured
     peak_bytes: int
@@ -112,6 +114,7 @@ def _read_run(cells: Mapping[str, str], run_id: str, group: str) -> PublishedRun
     return PublishedRun(
         id=run_id,
         group=group,
+        framework=get("framework", "")[:200],
         setups=setups,
         measured=measured,
         # torch and nvidia-smi count in units of 1024: a published "GB" of memory is a GiB.
@@ -139,6 +142,7 @@ def _read_setups(cells: Mapping[str, str]) -> tuple[tuple[Setup, ...], tuple[str
         cuts_layers=degrees.tp * degrees.pp > 1,
         sharding=shared.sharding if shared else "",
     )
+    named = _before_fix(named, degrees.pp, get("notes", ""))
     stack = _read_stack(cells, named.name, machine)
     recompute = read_recompute(get("recompute", "")[:200])
     model = _padded(shape.model, stack.name, degrees.tp)
@@ -160,6 +164,15 @@ def _read_setups(cells: Mapping[str, str]) -> tuple[tuple[Setup, ...], tuple[str
         tuple(replace(setup, layout=replace(layout, recompute=mode)) for mode in modes) or (setup,),
         tuple(remark for remark in remarks if remark),
     )
+
+
+def _before_fix(named: StackName, pp: int, notes: str) -> StackName:
+    """Return the stack of a pipeline of the Ultra-Scale Playbook that ran before nanotron's fix."""
+    words = notes.lower()
+    is_fixed = "ultrascale" not in words or "after_pp_fix=true" in words
+    if named.name != "nanotron" or pp == 1 or is_fixed:
+        return named
+    return StackName("nanotron-unfixed", "measured before nanotron's pipeline fix")
 
 
 def _read_stack(cells: Mapping[str, str], name: str, machine: Machine) -> StackSpec:

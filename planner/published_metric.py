@@ -4,8 +4,9 @@ import math
 import re
 from typing import NamedTuple
 
-from planner.predict import Setup
+from planner.flops import peak_flops_per_s, step_flops
 from planner.published_words import shown
+from planner.setup import Setup
 from profiles.errors import UnsupportedError
 
 _TIME_UNITS = {"s": 1e9, "sec": 1e9, "seconds": 1e9, "ms": 1e6, "us": 1e3, "min": 60e9}
@@ -33,32 +34,11 @@ class Measured(NamedTuple):
         )
 
 
-def step_flops(setup: Setup, *, causal: bool, recomputed: bool) -> float:
-    """Return the flops of one step of `setup` over all ranks.
-
-    Three times the forward (itself and both halves of the backward): 2 for each matrix parameter a
-    token meets, LM head in, embedding out, and 4 s a of attention, where s is the sequence length
-    and a the width of all heads; half of that where only what is `causal` counts. `recomputed`
-    adds what the backward computes again: the attention, or all of the layers. With ffn = 4 h this
-    is 96 B s L h^2 (1 + s / 6h + V / 16Lh) of Megatron-LM (arXiv:2104.04473), which counts all of
-    the attention, and recomputes all layers.
-    """
-    model, layout = setup.model, setup.layout
-    head = 2.0 * model.vocab * model.hidden
-    layers = model.train_flops_per_token(0) / 3 - head
-    width = model.num_layers * model.num_heads * model.head_size
-    attention = (2.0 if causal else 4.0) * setup.workload.seq_len * width
-    flops = 3 * (layers + attention + head)
-    if recomputed:
-        flops += {"none": 0.0, "selective": attention, "full": layers + attention}[layout.recompute]
-    return flops * setup.workload.tokens_per_step
-
-
 def read_metric(metric: str, text: str, unit: str, setup: Setup) -> Measured:
     """Return what was measured of `setup`; raises UnsupportedError for a metric not known.
 
-    Flops are counted as `step_flops` says, with all of the attention: hardware flops (`hw` in the
-    name) with what is recomputed, model flops without. MFU and HFU are of the dense peak of the
+    Flops are counted as `planner.flops` says, with all of the attention: hardware flops (`hw` in
+    the name) with what is recomputed, model flops without. MFU and HFU are of the dense peak of the
     dtype of the run.
     """
     name = f"{metric} {unit}".lower()
@@ -68,8 +48,8 @@ def read_metric(metric: str, text: str, unit: str, setup: Setup) -> Measured:
     value = _number(text)
     if re.search(r"time|(sec\w*|ms|\bs)(/|_per_)(step|it)", name):
         return _measured(value, unit or "s", value * _time_unit(metric, unit), is_rate=False)
-    setup_seconds = _seconds_of_rate(name, value, setup)
-    return _measured(value, unit or metric, setup_seconds * 1e9, is_rate=True)
+    step_seconds = _seconds_of_rate(name, value, setup)
+    return _measured(value, unit or metric, step_seconds * 1e9, is_rate=True)
 
 
 def _seconds_of_rate(name: str, value: float, setup: Setup) -> float:
@@ -89,14 +69,8 @@ def _seconds_of_rate(name: str, value: float, setup: Setup) -> float:
         share = value / 100 if value > 1 or re.search(r"%|percent", name) else value
         if share > 1:
             raise UnsupportedError(f"value is {value:g} of the peak; it must be at most all of it")
-        peak = peak_flops_per_s(setup)
-        return flops / (share * peak * gpus)
+        return flops / (share * peak_flops_per_s(setup) * gpus)
     raise UnsupportedError(f"metric is {shown(name.strip())}; known are {_KNOWN}")
-
-
-def peak_flops_per_s(setup: Setup) -> float:
-    """Return the dense peak of one GPU in the dtype of the run."""
-    return setup.cluster.pools[0].gpu.peak_flops_per_s[setup.workload.dtype]
 
 
 def _measured(value: float, unit: str, step_ns: float, *, is_rate: bool) -> Measured:

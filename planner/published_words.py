@@ -192,7 +192,8 @@ _STACKS: tuple[tuple[str, str, bool], ...] = (
     (r"layline", "layline-nccl", True),
     (r"fsdp|fully.?shard", "fsdp", True),
     (r"composer|accelerate|lightning|lit-?gpt|transformers|torchtune|axolotl", "fsdp", True),
-    (r"maxtext|axlearn|paxml|levanter|\bjax\b", "fsdp", False),
+    (r"maxtext|paxml|praxis", "maxtext", True),
+    (r"axlearn|levanter|\bjax\b|\bxla\b", "maxtext", False),
 )
 """A pattern of a framework's name, the stack that stands for it, and whether it is that stack."""
 

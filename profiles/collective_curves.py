@@ -358,5 +358,7 @@ def collective(
             "cluster has no fabric; name one"
         )
     crossed = _across(kind, group, size_bytes, intra, inter)
-    inside = _inside(kind, min(group.size, _NVLS_RANKS), size_bytes, intra)
+    if group.size > _NVLS_RANKS:
+        return crossed
+    inside = _inside(kind, group.size, size_bytes, intra)
     return Estimate(max(crossed.ns, inside.ns), crossed.is_extrapolated)

@@ -59,10 +59,16 @@ def _draw_group(figure: Figure, place: int, name: str, group: Sequence[Scored]) 
 
 
 def _decades(axes: Axes, low: float, high: float) -> None:
-    """Mark the decades, or where there is none to see the ends, by their value in seconds."""
-    marks = [float(power) for power in range(math.ceil(low), math.floor(high) + 1)]
-    if len(marks) < 2:
-        marks = [low + 0.15 * (high - low), high - 0.15 * (high - low)]
+    """Mark the decades, or where there are less than two also their halves and fifths."""
+    for steps in ((1,), (1, 2, 5), (1, 1.2, 1.5, 2, 3, 4, 5, 6, 8)):
+        marks = [
+            power + math.log10(step)
+            for power in range(math.floor(low), math.ceil(high))
+            for step in steps
+            if low <= power + math.log10(step) <= high
+        ]
+        if len(marks) > 1:
+            break
     labels = [f"{10**mark:.3g}" for mark in marks]
     axes.set_xticks(marks, labels)
     axes.set_yticks(marks, labels)

@@ -10,9 +10,10 @@ from dataclasses import dataclass, replace
 from statistics import median
 from typing import Any
 
-from planner.predict import Prediction, Setup
+from planner.flops import peak_flops_per_s, step_flops
+from planner.predict import Prediction
 from planner.published import PublishedRun, UnreadRun
-from planner.published_metric import peak_flops_per_s, step_flops
+from planner.setup import Setup
 from profiles.errors import UnsupportedError
 
 Predict = Callable[[Setup], Prediction]
@@ -94,7 +95,8 @@ def score(run: PublishedRun | UnreadRun, predict: Predict) -> Outcome:
         reason = f"the model failed: {type(error).__name__}: {error}"
         return UnreadRun(id=run.id, group=run.group, reason=reason[:500])
     if len(run.setups) > 1:
-        chosen = f"recompute not stated: {setup.layout.recompute}, the least that fits"
+        why = "the least that fits" if _fits(setup, prediction) else "as nothing fits"
+        chosen = f"recompute not stated: {setup.layout.recompute}, {why}"
         run = replace(run, remarks=(*run.remarks, chosen))
     return Scored(run=run, setup=setup, prediction=prediction)
 
@@ -188,7 +190,7 @@ def _regret(timed: Sequence[Scored]) -> dict[str, float] | None:
     for one in timed:
         work, cluster = one.setup.workload, one.setup.cluster
         shape = replace(one.setup.model, name="", vocab=1)  # padded by tp
-        key = (shape, cluster.num_ranks, cluster.pools[0].gpu.name, one.setup.stack.name,
+        key = (shape, cluster.num_ranks, cluster.pools[0].gpu.name, one.run.framework,
                work.global_batch, work.seq_len, work.dtype)  # fmt: skip
         sets.setdefault(key, []).append(one)
     regrets = [

@@ -1,30 +1,18 @@
 """Rows of published runs: what each text means, what contradicts, and that no row ends a file."""
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from planner import published
+from planner.flops import step_flops
 from planner.published import NEEDED_COLUMNS, PublishedRun, UnreadRun, load_runs, read_run
 from planner.published_layout import split_layers
-from planner.published_machine import read_machine
-from planner.published_metric import step_flops
 from planner.published_model import read_model
-from planner.published_words import (
-    read_attention,
-    read_framework,
-    read_precision,
-    read_recompute,
-    read_schedule,
-    read_sharding,
-)
-from profiles.errors import InvalidInputError, UnsupportedError
+from profiles.errors import InvalidInputError
 from profiles.model import ModelSpec
-from profiles.presets import model_preset
-from profiles.stack import StackSpec
+from profiles.presets import model_preset, stack_preset
 
 ROW = {
     "id": "lab-0007", "framework": "Megatron-LM", "date": "2024-05", "model": "Llama-3-8B",
@@ -39,22 +27,6 @@ ROW = {
     "precision": "bf16", "compile": "", "metric": "step_time_s", "value": "12.5", "unit": "s",
     "peak_mem_gb": "", "notes": "",
 }  # fmt: skip
-
-
-@pytest.fixture(autouse=True)
-def made_up_stacks(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """Any stack exists; what it does matters to none of these tests."""
-
-    def stack(name: str) -> StackSpec:
-        return StackSpec(
-            name=name, overlaps_gradients=True, gradient_bucket_bytes=1, fuses_norms=True,
-            source="made up", date="2026-01-01", sharding="zero3" if name == "fsdp" else "none",
-        )  # fmt: skip
-
-    monkeypatch.setattr(published, "stack_preset", stack)
-    published._stack.cache_clear()
-    yield
-    published._stack.cache_clear()
 
 
 def read(**changes: str) -> PublishedRun:
@@ -147,8 +119,9 @@ def test_empty_cells_are_the_usual() -> None:
     needed = {name: text for name, text in ROW.items() if name in NEEDED_COLUMNS}
     run = read_run(needed)
     assert isinstance(run, PublishedRun)
-    assert str(run.setups[0].layout) == "dp=16,tp=1,pp=1,mb=1x8"
-    assert [setup.layout.recompute for setup in run.setups] == ["none", "selective", "full"]
+    # An unknown framework with data parallelism alone is taken as torchtitan.
+    assert str(run.setups[0].layout) == "dp=16,tp=1,pp=1,zero3,recompute=selective,mb=1x8"
+    assert [setup.layout.recompute for setup in run.setups] == ["selective", "full"]
 
 
 def test_batches_follow_from_one_another() -> None:
@@ -173,39 +146,6 @@ def test_the_assumed_micro_batch_is_that_of_the_authors() -> None:
         assert run.setups[0].layout.micro_batch == micro
 
 
-@pytest.mark.parametrize(
-    ("text", "dtype"),
-    [("bf16 mixed", "bf16"), ("fp16 (per section text)", "fp16"), ("FP8-CS", "fp8"),
-     ("mxfp8", "fp8"), ("fp8 finer granularity (mx/128-block)", "fp8"), ("mixed", "bf16"),
-     ("float32", "fp32"), ("", None)],
-)  # fmt: skip
-def test_precision(text: str, dtype: str | None) -> None:
-    assert read_precision(text) == dtype
-
-
-@pytest.mark.parametrize(
-    ("text", "mode"),
-    [("none", "none"), ("full (inferred)", "full"), ("selective", "selective"), ("false", "none"),
-     ("activation checkpointing", "full"), ("selective op", "selective"), ("", None)],
-)  # fmt: skip
-def test_recompute(text: str, mode: str | None) -> None:
-    assert read_recompute(text) == mode
-
-
-@pytest.mark.parametrize(
-    ("text", "meant"),
-    [("ZeRO-0", ("none", 0)), ("ZeRO-1", ("zero1", 0)), ("zero stage 3", ("zero3", 0)),
-     ("FSDP FULL_SHARD (MP PURE)", ("zero3", 0)), ("FSDP SHARD_GRAD_OP", ("zero2", 0)),
-     ("BF16 optimizer (own ZeRO-1 equivalent)", ("zero1", 0)), ("none", ("none", 0)),
-     ("distributed optimizer (inferred)", ("zero1", 0)), ("HSDP (shard 32)", ("zero3", 32)),
-     ("DDP+distributed optimizer (inferred)", ("zero1", 0)), ("DDP", ("none", 0)),
-     ("_HYBRID_SHARD_ZERO2", ("zero2", "node")), ("FSDP=128 x DP=16", ("zero3", 128)),
-     ("FSDP+DP (split not given)", ("zero3", 0)), ("FSDP2", ("zero3", 0)), ("", None)],
-)  # fmt: skip
-def test_sharding(text: str, meant: tuple[str, int | str] | None) -> None:
-    assert read_sharding(text) == meant
-
-
 def test_hybrid_sharding_stays_inside_a_node() -> None:
     assert (
         read(zero_stage_or_sharding="HSDP", pp="1", dp="8", grad_accum="16")
@@ -213,104 +153,6 @@ def test_hybrid_sharding_stays_inside_a_node() -> None:
         .layout.shard_group
         == 4
     )
-
-
-@pytest.mark.parametrize(
-    ("text", "gpu", "kernel"),
-    [("FlashAttention-3", "h100-sxm", "flash3"), ("FlashAttention-3", "a100-sxm-80gb", "flash2"),
-     ("unfused/fused softmax (no flash)", "h100-sxm", "unfused"), ("SDPA", "h100-sxm", "flash2"),
-     ("Transformer Engine", "gb200", "flash3"), ("", "h100-sxm", None)],
-)  # fmt: skip
-def test_attention(text: str, gpu: str, kernel: str | None) -> None:
-    assert read_attention(text, gpu) == kernel
-
-
-@pytest.mark.parametrize(
-    ("text", "stages", "name"),
-    [("1F1B (DeepSpeed pipeline)", 1, "1f1b"), ("interleaved 1F1B", 5, "interleaved"),
-     ("", 1, "1f1b"), ("1F1B", 2, "interleaved"), ("GPipe", 1, "gpipe"), ("ZB-V", 2, "zb_v"),
-     ("zero bubble", 1, "zb_h1"), ("ZB2", 1, "zb_h2"), ("DualPipeV", 2, "dual_pipe_v")],
-)  # fmt: skip
-def test_schedules(text: str, stages: int, name: str) -> None:
-    assert read_schedule(text, stages) == name
-
-
-@pytest.mark.parametrize(
-    ("framework", "date", "stack"),
-    [("nanotron v0.5", "2025", "nanotron"), ("Megatron-LM", "2020-09-11", "megatron-2021"),
-     ("Megatron-LM", "2024", "megatron-2023"), ("Megatron-DeepSpeed", "", "megatron-deepspeed"),
-     ("NeMo 24.07/Megatron-Core", "", "nemo"), ("Megatron-Bridge", "", "nemo"),
-     ("llm-foundry/Composer + PyTorch FSDP", "", "llm-foundry"), ("torchtitan", "", "torchtitan"),
-     ("PyTorch FSDP2", "", "fsdp"), ("HF Accelerate", "", "fsdp"), ("MaxText (JAX)", "", "fsdp"),
-     ("layline", "", "layline-nccl"), ("DeepSpeed ZeRO-3", "", "fsdp")],
-)  # fmt: skip
-def test_frameworks(framework: str, date: str, stack: str) -> None:
-    assert read_framework(framework, date, cuts_layers=False, sharding="").name == stack
-
-
-@pytest.mark.parametrize(
-    ("cuts_layers", "sharding", "stack"),
-    [(True, "zero3", "megatron-2023"), (False, "zero3", "fsdp"), (False, "", "torchtitan")],
-)
-def test_an_unknown_framework_is_told_by_its_use(
-    cuts_layers: bool, sharding: str, stack: str
-) -> None:
-    known = read_framework("Brand New", "2026", cuts_layers=cuts_layers, sharding=sharding)
-    assert known.name == stack
-    assert known.remark == f'framework "Brand New" is taken as {stack}, the nearest'
-
-
-@pytest.mark.parametrize(
-    ("text", "memory_gb", "name", "memory_gib"),
-    [("A100", 0, "a100-sxm-80gb", 79), ("A100", 40, "a100-sxm-40gb", 39),
-     ("A100-SXM4-40GB", 0, "a100-sxm-40gb", 39), ("NVIDIA H100 80GB HBM3", 80, "h100-sxm", 79),
-     ("H200", 141, "h200-sxm", 140), ("B200-SXM-180GB", 180, "b200-sxm", 179),
-     ("GB200", 186, "gb200", 185), ("V100-SXM2-16GB", 16, "v100-sxm2-32gb", 15),
-     ("GH200", 96, "h100-sxm", 94), ("MI300X", 192, "mi300x", 191), ("L40S", 48, "l40s", 44)],
-)  # fmt: skip
-def test_gpus(text: str, memory_gb: float, name: str, memory_gib: int) -> None:
-    gpu = read_machine(text, memory_gb, 8, 8, "", "").cluster.pools[0].gpu
-    assert (gpu.name, gpu.memory_bytes >> 30) == (name, memory_gib)
-
-
-@pytest.mark.parametrize("text", ["H20", "A10G", "RTX 4090", "TPUv4", "MI250X", "Trainium2", "L40"])
-def test_unknown_gpus_are_refused(text: str) -> None:
-    with pytest.raises(UnsupportedError, match="known are "):
-        read_machine(text, 0, 8, 8, "", "")
-
-
-@pytest.mark.parametrize(
-    ("text", "gigabits", "name"),
-    [("NDR InfiniBand 400 Gb/s per GPU (inferred)", 400, "ndr400"), ("400Gbps IB", 400, "ndr400"),
-     ("800 Gb/s per node", 100, "ndr400"), ("4x Omni-Path 100 Gb/s per node", 50, "opa100-4"),
-     ("AWS EFA 3200 Gb/s per node", 400, "efa-p5"), ("8x200 Gb/s HDR InfiniBand", 200, "hdr200"),
-     ("1600 Gb/s RoCE per node", 200, "roce200"), ("3.2 Tb/s RDMA over InfiniBand", 400, "ndr400"),
-     ("HDR", 200, "hdr200"), ("Slingshot-11 4x200 Gb/s per node", 100, "slingshot11"),
-     ("50 GB/s per GPU InfiniBand", 400, "ndr400"), ("100 GbE TCP", 100, "roce100")],
-)  # fmt: skip
-def test_fabrics(text: str, gigabits: float, name: str) -> None:
-    link = read_machine("H100", 80, 64, 8, "", text).cluster.inter_node
-    assert link is not None
-    assert (link.bytes_per_s * 8e-9, link.name) == (pytest.approx(gigabits), name)
-    assert link.uses_host == ("TCP" in text)
-
-
-@pytest.mark.parametrize(
-    ("gpu", "text", "gigabytes", "name"),
-    [("H100", "NVLink4 900GB/s (bidir)", 450, "nvlink4"), ("H100", "", 450, "nvlink4"),
-     ("H100", "PCIe Gen5", 63, "pcie5"), ("A100", "NVLink3", 300, "nvlink3"),
-     ("H800", "", 200, "nvlink4"), ("H800", "NVLink 400 GB/s", 200, "nvlink4"),
-     ("A100", "NVLink 300 GB/s one way", 300, "nvlink3"), ("A100-PCIe", "", 31, "pcie4")],
-)  # fmt: skip
-def test_links_inside_a_node(gpu: str, text: str, gigabytes: float, name: str) -> None:
-    link = read_machine(gpu, 80, 8, 8, text, "").cluster.pools[0].intra_node
-    assert (link.bytes_per_s / 1e9, link.name) == (gigabytes, name)
-
-
-@pytest.mark.parametrize(("gpus", "per_node"), [(64, 64), (72, 72), (128, 64), (144, 72), (4, 4)])
-def test_racks_of_gb200_are_one_node(gpus: int, per_node: int) -> None:
-    pool = read_machine("GB200", 0, gpus, 4, "", "").cluster.pools[0]
-    assert (pool.gpus_per_node, pool.num_gpus) == (per_node, gpus)
 
 
 def shape_of(**changes: str) -> ModelSpec:
@@ -396,10 +238,24 @@ def test_every_unit_means_the_same_step() -> None:
 
 def test_memory_is_what_the_source_says() -> None:
     assert read(peak_mem_gb="24.5").peak_bytes == 24.5 * 2**30
-    logs = {"": "device", "peak_mem=max allocated": "allocated", "nvidia-smi": "device",
-            "mem reserved 42 GB; peak_mem=max allocated": "allocated",
-            "peak_mem = max reserved": "reserved"}  # fmt: skip
+    logs = {
+        "": stack_preset("megatron-2023").logs_memory,
+        "peak_mem=max allocated": "allocated",
+        "mem reserved 42 GB; peak_mem=max allocated": "allocated",
+        "peak_mem = max reserved": "reserved",
+        "nvidia-smi": "device",
+    }
     assert {notes: read(notes=notes).memory_log for notes in logs} == logs
+
+
+def test_pipelines_before_the_fix_of_nanotron_are_a_stack_of_their_own() -> None:
+    notes = "HF ultrascale-playbook bench; "
+    stacks = [
+        read(framework="nanotron", notes=said, pp=pp, dp=dp, grad_accum="").setups[0].stack.name
+        for said, pp, dp in ((notes, "2", "4"), (notes, "1", "8"), ("", "2", "4"),
+                             (notes + "after_pp_fix=True", "2", "4"))
+    ]  # fmt: skip
+    assert stacks == ["nanotron-unfixed", "nanotron", "nanotron", "nanotron"]
 
 
 def test_out_of_memory_is_no_time() -> None:

@@ -1,1 +1,1 @@
-"""The cost model of clusters that are not at hand: steps from published curves of kernels and links."""
+"""The cost model of clusters that are not at hand: steps from published kernels and links."""

@@ -57,7 +57,7 @@ class Places:
         return self.among(kind, self.layout.replicas // shards, shards * self.layout.tp, size_bytes)
 
     def message(self, size_bytes: float) -> tuple[int, Estimate]:
-        """Return category and time of a message to the next stage; the slowest hop sets the pace."""
+        """Return category and time of a message to the next stage, over the slowest hop."""
         stride = self.node_ranks if self.crosses_nodes else 1
         return self.among("send_recv", 2, stride, size_bytes)
 

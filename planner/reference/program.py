@@ -5,6 +5,7 @@ each other on the compute stream, collectives on the exchange stream. The host l
 and runs ahead of the device as far as it can.
 """
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import NamedTuple
 
@@ -49,7 +50,7 @@ class Lanes:
         return int(self.launch.shape[0])
 
 
-def lanes_of(values: dict[str, npt.ArrayLike]) -> Lanes:
+def lanes_of(values: Mapping[str, npt.ArrayLike]) -> Lanes:
     """Return the lanes of `values`, by the names of `SCALARS`, each one number or [L]."""
     rows = np.broadcast_arrays(*(np.atleast_1d(np.asarray(values[n], float)) for n in SCALARS))
     by_name = dict(zip(SCALARS, rows, strict=True))

@@ -24,6 +24,8 @@ from simulator.streams import walk_streams
 GATHER_CALLS, REDUCE_CALLS = 10.0, 16.0
 """Host calls that fully sharded data parallelism adds to a layer's forward and backward."""
 OPTIMIZER_CALLS = 20.0
+UNSURE = 0.2
+"""From which part of a layer's time on it counts as extrapolated."""
 
 
 class StageNs(NamedTuple):
@@ -69,10 +71,14 @@ class StepModel:
             (only,) = stages
             microbatches = layout.num_microbatches * (only.forward + only.backward)
             return microbatches + only.reduction + only.optimizer + lanes.step
-        schedule = _schedule(
-            layout.schedule, layout.pp, layout.num_microbatches, layout.stages_per_rank
-        )
-        return step_ns(schedule, self.times(lanes, stages)).astype(np.float64) + lanes.step
+        return np.asarray(step_ns(built(layout), self.times(lanes, stages)) + lanes.step)
+
+    @property
+    def is_extrapolated(self) -> bool:
+        """Whether much of a layer's time rests on curves of other GPUs or other sizes."""
+        layer = self.blocks["layer_forward"], self.blocks["layer_backward"]
+        whole = sum(float(block.ns.sum()) for block in layer)
+        return sum(block.unsure_ns for block in layer) > UNSURE * whole
 
     def times(self, lanes: Lanes, stages: tuple[StageNs, ...]) -> StepTimes:
         """Return the times of a step of `stages`, ready for the engines; the host's are not in."""
@@ -95,7 +101,7 @@ class StepModel:
         """Return the time of a message between stages; each tensor rank sends its share of it."""
         size_bytes = self.work.m * self.work.h * self.stored / self.layout.tp
         category, time = self.places.message(size_bytes)
-        return time.ns * lanes.factor[category]
+        return np.asarray(time.ns * lanes.factor[category])
 
     def stages(self, lanes: Lanes) -> tuple[StageNs, ...]:
         """Return what each stage takes; stages that are alike are timed once."""
@@ -255,10 +261,16 @@ class StepModel:
         update += self.gradient_bytes + (self.stored if stack.master_bytes else 0)
         whole = parameters if layout.sharding in ("none", "zero1") else owned
         size_bytes = owned * update + whole * 2 * self.gradient_bytes
-        return self._pass_ns(size_bytes, lanes) + OPTIMIZER_CALLS * lanes.launch
+        return np.asarray(self._pass_ns(size_bytes, lanes) + OPTIMIZER_CALLS * lanes.launch)
 
     def _pass_ns(self, size_bytes: float, lanes: Lanes) -> Floats:
-        return memory_pass(self.work.gpu, int(size_bytes)).ns * lanes.factor[MEMORY]
+        return np.asarray(memory_pass(self.work.gpu, int(size_bytes)).ns * lanes.factor[MEMORY])
+
+
+def built(layout: Layout) -> Schedule:
+    """Return the schedule of `layout`; without a pipeline all are one."""
+    name = layout.schedule if layout.num_stages > 1 else "1f1b"
+    return _schedule(name, layout.pp, layout.num_microbatches, layout.stages_per_rank)
 
 
 @lru_cache(maxsize=512)
@@ -302,16 +314,16 @@ def _left(exchange: Floats, compute: Floats, units: int, overlaps: bool, exposed
     """
     if not overlaps or units == 0:
         return exchange
-    stream, after, ns = [], [], []
+    stream, after, ns = list[int](), list[int](), list[Floats]()
     for _ in range(units):
         stream += [COMPUTE, EXCHANGE]
         after += [-1, len(ns)]
         ns += [compute / units, exchange / units]
-    return np.maximum(_walked(stream, after, ns) - compute, exposed * exchange)
+    return np.asarray(np.maximum(_walked(stream, after, ns) - compute, exposed * exchange))
 
 
 def _walked(stream: list[int], after: list[int], ns: list[Floats]) -> Floats:
     ends = walk_streams(
         np.array(stream, np.int32), np.array(after, np.int32), _whole(np.stack(ns)), 2
     )
-    return ends.max(axis=0).astype(np.float64)
+    return np.asarray(ends.max(axis=0), np.float64)

@@ -20,7 +20,7 @@ from profiles.workload import DTYPE_BYTES, DType, Workload
 
 ALIGNED = 8
 """Elements of two bytes that tensor cores want in a row: 16 bytes, says cuBLAS."""
-MISALIGNED = 3.0
+MISALIGNED = 8.0
 """How much longer products of heads take whose size is not aligned (BLOOM's log, heads of 150)."""
 VOCAB_ROWS = 128
 """Megatron pads the vocabulary of each rank to a multiple of this; others pad about as much."""

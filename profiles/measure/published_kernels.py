@@ -2,20 +2,19 @@
 
 Run as `python -m profiles.measure.published_kernels FOLDER`; FOLDER holds kernels.csv and
 ett_kernels.csv.gz. The same folder gives the same bytes. The formulas are those of
-`profiles.kernel_curves`; here their numbers are found, by a pattern search on the mean of
+`profiles.kernel_curves`; here their numbers are found, by a search for the least mean of
 |ln(predicted / measured)|, which outliers hardly move.
 """
 
-import math
-import statistics
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple, TypeVar
+from typing import NamedTuple
 
 from profiles.kernel_curves import DTYPE_BYTES, AttentionCurve, MatmulCurve, fused_ns, matmul_ns
 from profiles.measure import published_rows as published
+from profiles.measure.published_fit import Fit, Numbers, fit
 from profiles.measure.published_rows import AttentionRow, MatmulRow, MemoryRow
 from profiles.presets import gpu_preset, gpu_presets
 
@@ -28,12 +27,7 @@ HEADER = """\
 # a fit without it. `num_processors` counts streaming multiprocessors (compute units of MI300X).
 """
 
-Numbers = dict[str, float]
-Loss = Callable[[Numbers], float]
 Table = dict[str, str | float | bool]
-Row = TypeVar("Row", MatmulRow, AttentionRow, MemoryRow)
-NUM_FOLDS = 5
-LEAST_STEP = 0.004
 # No kernel that was timed ended sooner.
 LEAST_LAUNCH_NS = 1500.0
 
@@ -121,65 +115,9 @@ OPERATOR_GPUS = {
 }
 # Four times the largest of these caches (H100: 50 MB) no longer fits.
 SMALLEST_ADD_BYTES = 200_000_000
-OPERATOR_STRIDE = 160
 MAMF = {"mi300x": "AMD MI300X", "h100-sxm": "NVIDIA H100 SXM"}
 # V100 has no bf16; its products in fp16 take the place.
 WIDE = "bf16"
-
-
-class Fit(NamedTuple):
-    """Numbers that were found, with their errors in and out of the sample."""
-
-    numbers: Numbers
-    errors: Mapping[str, float]
-
-
-def search(loss: Loss, start: Numbers, step: float = 0.4) -> Numbers:
-    """Return numbers near `start` with the least `loss`: steps by factors, halved when none helps.
-
-    >>> round(search(lambda at: abs(at["x"] - 3), {"x": 1.0})["x"], 2)
-    3.0
-    """
-    best, least = dict(start), loss(start)
-    while step > LEAST_STEP:
-        has_moved = False
-        for name in start:
-            for factor in (math.exp(step), math.exp(-step)):
-                tried = {**best, name: best[name] * factor}
-                if (found := loss(tried)) < least - 1e-9:
-                    best, least, has_moved = tried, found, True
-        if not has_moved:
-            step /= 2
-    return best
-
-
-def fit(
-    rows: Sequence[Row], predict: Callable[[Numbers, Row], float], start: Numbers
-) -> Fit:
-    """Return the numbers that predict `rows` best, and how well they do."""
-
-    def loss_over(part: Sequence[Row]) -> Loss:
-        return lambda at: statistics.fmean(abs(math.log(predict(at, r) / r.ns)) for r in part)
-
-    def errors(at: Numbers, part: Sequence[Row]) -> list[float]:
-        return [abs(predict(at, row) / row.ns - 1) for row in part]
-
-    found = search(loss_over(rows), start)
-    left_out: list[float] = []
-    for fold in range(NUM_FOLDS):
-        kept = [row for place, row in enumerate(rows) if place % NUM_FOLDS != fold]
-        left_out += errors(search(loss_over(kept), found, 0.05), rows[fold::NUM_FOLDS])
-    inside = errors(found, rows)
-    return Fit(
-        found,
-        {
-            "rows": len(rows),
-            "median": round(statistics.median(inside), 3),
-            "p90": round(statistics.quantiles(inside, n=10)[-1], 3),
-            "cross_median": round(statistics.median(left_out), 3),
-            "cross_p90": round(statistics.quantiles(left_out, n=10)[-1], 3),
-        },
-    )
 
 
 def memory_curves(folder: Path) -> Iterator[tuple[str, Table]]:
@@ -314,19 +252,22 @@ def attention_curve(gpu: str, direction: str, at: Numbers, share: float) -> Atte
     )
 
 
-def fit_attention(gpu: str, rows: Sequence[AttentionRow], share: float, launch: float) -> Fit:
+def fit_attention(
+    gpu: str, rows: Sequence[AttentionRow], share: float, launch: float, like: Numbers
+) -> Fit:
     """Return the numbers of a fused kernel, forward and, where a row has it, backward.
 
-    Two sources carry a nuisance number that is found along: `torch_flow` times helper kernels and
-    the host with the core, and the machine of `operators` is slower by a factor than the figures'.
+    Rows that time both directions together cannot tell them apart: `like` has the numbers of the
+    same kernel on another device, and two factors are found, one for each kind of rate.
+    `torch_flow` times the host and helper kernels with the core: a constant, found along.
     """
 
     def predict(at: Numbers, row: AttentionRow) -> float:
-        both = ("forward", "backward")
-        ns = 0.0
-        for direction in both if row.direction == "both" else (row.direction,):
+        numbers = {"launch": launch, **(_times(like, at) if like else at)}
+        ns = at["host"] if row.library == "torch_flow" else 0.0
+        for direction in published.directions(row):
             ns += fused_ns(
-                attention_curve(gpu, direction, {"launch": launch, **at}, share),
+                attention_curve(gpu, direction, numbers, share),
                 published.DIRECTION_FLOPS[direction],
                 batch=row.batch,
                 heads=row.heads,
@@ -336,49 +277,54 @@ def fit_attention(gpu: str, rows: Sequence[AttentionRow], share: float, launch: 
                 head_size=row.head_size,
                 causal=row.causal,
             )
-        return ns * at.get(row.source, 1.0) + at.get(f"{row.source}_host", 0.0)
+        return ns
 
-    sources = {row.source for row in rows}
-    start = {"operators": 1.1} if "operators" in sources else {}
-    start |= {"torch_flow_host": 20_000.0} if "torch_flow" in sources else {}
     peak = gpu_preset(gpu).peak_flops_per_s[WIDE]
-    has_backward = any(row.direction != "forward" for row in rows)
-    for direction in ("forward", "backward") if has_backward else ("forward",):
-        start[f"{direction}_rate"] = 0.7 * peak
-        start[f"{direction}_scores"] = 4e12
-        start[f"{direction}_overhead"] = 200.0
+    start = {"host": 20_000.0} if rows[0].library == "torch_flow" else {}
+    if like:
+        start |= {"rate": 0.5, "scores": 0.5}
+    for direction in sorted({part for row in rows for part in published.directions(row)}):
+        if not like:
+            start[f"{direction}_rate"] = 0.7 * peak
+            start[f"{direction}_scores"] = 4e12
+            start[f"{direction}_overhead"] = 200.0
     result = fit(rows, predict, start)
-    return result._replace(numbers={"launch": launch, **result.numbers})
+    found = _times(like, result.numbers) if like else result.numbers
+    return result._replace(numbers={**found, "launch": launch})
+
+
+def _times(like: Numbers, factors: Numbers) -> Numbers:
+    return {name: value * factors.get(name.split("_")[-1], 1.0) for name, value in like.items()}
 
 
 def attention_curves(
     folder: Path, shares: Mapping[str, float], launches: Mapping[str, float]
 ) -> dict[tuple[str, str], dict[str, Table]]:
     """Return the fused kernels of every device, by (device, kernel) and direction."""
-    figures, flow = partial(published.attention_rows, folder), "torch_flow"
+    figures = partial(published.attention_rows, folder)
     a100, h100 = "A100-SXM4-80GB", "H100-SXM5-80GB"
-    operators = published.operator_attention_rows(folder, f"NVIDIA{a100}", OPERATOR_STRIDE)
-    fits: dict[tuple[str, str], tuple[Sequence[AttentionRow], str, str]] = {
-        ("a100-sxm-80gb", "flash2"): (
-            [*figures(a100, "FlashAttention-2"), *operators],
-            f"{FIGURES}; split between the directions: {OPERATORS}",
-            "2023-07-01",
-        ),
-    }
-    for kernel, library in (("flash2", "FlashAttention-2"), ("flash3", "FlashAttention-3")):
-        rows = [*figures(h100, library), *published.figure_rows(library)]
-        fits["h100-sxm", kernel] = (rows, f"{FIGURES}; {PAPER}", "2024-07-01")
-    for gpu in BLACKWELL:
-        name = MATMULS[gpu].name
-        fits[gpu, "flash3"] = (figures(name, flow), f"{AICONFIGURATOR} ({name})", "2026-01-01")
     found: dict[tuple[str, str], dict[str, Table]] = {}
     hopper: Numbers = {}
-    for (gpu, kernel), (rows, source, date) in fits.items():
-        result = fit_attention(gpu, rows, shares[gpu], launches[gpu])
-        about: Table = {**result.errors, "source": source, "date": date}
-        if gpu == "h100-sxm":
-            hopper = result.numbers
-        found[gpu, kernel] = _directions(result.numbers, hopper, about)
+
+    def add(
+        gpu: str, kernel: str, rows: Sequence[AttentionRow], about: Table, like: Numbers
+    ) -> Numbers:
+        result = fit_attention(gpu, rows, shares[gpu], launches[gpu], like)
+        found[gpu, kernel] = _directions(result.numbers, hopper, {**result.errors, **about})
+        return result.numbers
+
+    about: Table = {"source": f"{FIGURES}; {PAPER}", "date": "2024-07-01"}
+    second, third = "FlashAttention-2", "FlashAttention-3"
+    rows = [*figures(h100, second), *published.figure_rows(second)]
+    flash2 = add("h100-sxm", "flash2", rows, about, {})
+    rows = [*figures(h100, third), *published.figure_rows(third)]
+    hopper = add("h100-sxm", "flash3", rows, about, {})
+    about = {"source": f"{FIGURES}; split by direction as on h100-sxm", "date": "2023-07-01"}
+    add("a100-sxm-80gb", "flash2", figures(a100, second), about, flash2)
+    for gpu in BLACKWELL:
+        name = MATMULS[gpu].name
+        about = {"source": f"{AICONFIGURATOR} ({name})", "date": "2026-01-01"}
+        add(gpu, "flash3", figures(name, "torch_flow"), about, {})
     return found
 
 

@@ -9,12 +9,14 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import NamedTuple
 
-DIRECTIONS = {"fwd": "forward", "bwd": "backward", "fwd+bwd": "both"}
-DIRECTION_FLOPS = {"forward": 1.0, "backward": 2.5, "both": 3.5}
+from profiles.kernel_curves import BACKWARD_FLOPS
 
-# Backward of the FlashAttention-3 paper, arXiv 2407.08608, July 2024, figure of the backward speed on
-# H100 SXM5 in fp16, not causal: TFLOP/s at lengths 512, 1k, 2k, 4k, 8k and 16k, by kernel and head
-# size; batch * length = 16k and heads * head size = 2048, as in the figures of its forward.
+DIRECTIONS = {"fwd": "forward", "bwd": "backward", "fwd+bwd": "both"}
+DIRECTION_FLOPS = {"forward": 1.0, "backward": BACKWARD_FLOPS}
+
+# The FlashAttention-3 paper, arXiv 2407.08608, July 2024, figure of the backward speed on H100 SXM5
+# in fp16, not causal: TFLOP/s by kernel and head size; batch * length = 16k and heads * head size
+# = 2048, as in the figures of its forward.
 BACKWARD_LENGTHS = (512, 1024, 2048, 4096, 8192, 16384)
 BACKWARD_TFLOPS = {
     ("FlashAttention-2", 64): (198, 238, 264, 279, 287, 291),
@@ -35,9 +37,9 @@ class MatmulRow(NamedTuple):
 
 
 class AttentionRow(NamedTuple):
-    """A timed attention core; `source` tells apart what a nuisance number is shared by."""
+    """A timed attention core; `direction` is forward, backward or both."""
 
-    source: str
+    library: str
     batch: int
     heads: int
     kv_heads: int
@@ -105,71 +107,54 @@ def attention_rows(folder: Path, gpu: str, library: str) -> list[AttentionRow]:
         batch, length, heads, head_size = (
             int(row[name]) for name in ("batch", "seq", "heads", "head_dim")
         )
-        causal, direction = row["causal"] == "True", DIRECTIONS[row["direction"]]
-        value = float(row["value"])
-        ns = value * 1e6 if row["unit"] == "ms" else _rated_ns(
-            batch * heads, length, head_size, causal, direction, value
-        )  # fmt: skip
-        kv_heads = int(row["kv_heads"] or 0) or heads
-        found.append(
-            AttentionRow(library, batch, heads, kv_heads, length, head_size, causal, direction, ns)
+        timed = AttentionRow(
+            library=library,
+            batch=batch,
+            heads=heads,
+            kv_heads=int(row["kv_heads"] or 0) or heads,
+            length=length,
+            head_size=head_size,
+            causal=row["causal"] == "True",
+            direction=DIRECTIONS[row["direction"]],
+            ns=1e6 * float(row["value"]),
         )
+        is_time = row["unit"] == "ms"
+        found.append(timed if is_time else _from_rate(timed, float(row["value"])))
     return found
 
 
 def figure_rows(library: str) -> list[AttentionRow]:
     """Return the backward of `library` on H100 SXM that its paper's figure gives."""
-    return [
-        AttentionRow(
-            library,
-            16384 // length,
-            2048 // head_size,
-            2048 // head_size,
-            length,
-            head_size,
-            False,
-            "backward",
-            _rated_ns(
-                16384 * 2048 // length // head_size, length, head_size, False, "backward", rate
-            ),
-        )  # fmt: skip
-        for (name, head_size), rates in BACKWARD_TFLOPS.items()
-        if name == library
-        for length, rate in zip(BACKWARD_LENGTHS, rates, strict=True)
-    ]
-
-
-def _rated_ns(
-    heads: int, length: int, head_size: int, causal: bool, direction: str, tflops: float
-) -> float:
-    flops = DIRECTION_FLOPS[direction] * 4.0 * heads * length**2 * head_size
-    return flops / (2 if causal else 1) / tflops / 1e3
-
-
-def operator_attention_rows(folder: Path, gpu: str, stride: int) -> list[AttentionRow]:
-    """Return every `stride`-th flash attention of the operator tables; it is not causal."""
     found = []
-    for row in _operators(folder, gpu):
-        if row["op"] != "flash_atten":
-            continue
-        heads, width, ranks = (int(float(row[name])) for name in ("h", "dim", "mp"))
-        batch, length = (int(float(row[name])) for name in ("b", "l"))
-        if width % heads or heads % ranks or not 64 <= width // heads <= 128:
-            continue
-        found.append(
-            AttentionRow(
-                "operators",
-                batch,
-                heads // ranks,
-                heads // ranks,
-                length,
-                width // heads,
-                False,
-                DIRECTIONS[row["direction"]],
-                1e3 * float(row["time_us"]),
-            )  # fmt: skip
-        )
-    return found[::stride]
+    for (name, head_size), rates in BACKWARD_TFLOPS.items():
+        for length, rate in zip(BACKWARD_LENGTHS, rates, strict=True):
+            heads = 2048 // head_size
+            timed = AttentionRow(
+                library=library,
+                batch=16384 // length,
+                heads=heads,
+                kv_heads=heads,
+                length=length,
+                head_size=head_size,
+                causal=False,
+                direction="backward",
+                ns=0.0,
+            )
+            if name == library:
+                found.append(_from_rate(timed, rate))
+    return found
+
+
+def directions(row: AttentionRow) -> tuple[str, ...]:
+    """Return the directions that `row` times one after the other."""
+    return ("forward", "backward") if row.direction == "both" else (row.direction,)
+
+
+def _from_rate(row: AttentionRow, tflops: float) -> AttentionRow:
+    """Return `row` with the time that its rate stands for."""
+    pairs = row.batch * row.heads * row.length**2 / (2 if row.causal else 1)
+    flops = sum(DIRECTION_FLOPS[direction] for direction in directions(row))
+    return row._replace(ns=flops * 4.0 * pairs * row.head_size / tflops / 1e3)
 
 
 def memory_rows(folder: Path, gpu: str, smallest_add_bytes: int) -> list[MemoryRow]:

@@ -1,0 +1,74 @@
+"""Where a predicted step goes: from the arithmetic at peak rate to all that is lost."""
+
+from collections.abc import Mapping
+from dataclasses import replace
+
+import numpy as np
+
+from planner.flops import peak_flops_per_s, step_flops
+from planner.reference.program import INTER, INTRA, MEMORY, Floats, Lanes
+from planner.reference.step import StageNs, StepModel
+from planner.setup import Setup
+
+PARTS = ("peak", "recompute", "kernels", "memory", "exchange", "launch", "pipeline", "reduction",
+         "optimizer", "host")  # fmt: skip
+"""The parts of a step, in the order in which they are added; docs/models.md says what each is."""
+_LANES = ("kernels", "memory", "exchange", "launch")
+
+
+def waterfall(setup: Setup, model: StepModel, lanes: Lanes, step_ns: int) -> Mapping[str, int]:
+    """Return the parts of a step of `step_ns` by name, in ns; they sum to it.
+
+    The stages are timed again and again, each time with one more loss: products and attention
+    alone, then with memory-bound kernels, collectives between ranks of a stage, host launches. Of
+    these the mean over the pipeline's ranks counts; what the pipeline adds to it is idling.
+    """
+    ranks = setup.layout.num_ranks
+    peak = step_flops(setup, causal=True, recomputed=False)
+    again = step_flops(setup, causal=True, recomputed=True)
+    rate = ranks * peak_flops_per_s(setup) / 1e9
+    stages = model.stages(_growing(lanes))
+    pp = setup.layout.pp
+    work = [
+        setup.layout.num_microbatches
+        * float(sum(s.forward[i] + s.backward[i] for s in stages))
+        / pp
+        for i in range(len(_LANES))
+    ]
+    tail = _busiest(stages)
+    sums = [peak / rate, again / rate, *work]
+    rest = step_ns - float(lanes.step[0]) - tail[0] - tail[1]
+    sums += [rest, rest + tail[0], rest + tail[0] + tail[1], float(step_ns)]
+    rounded = [round(value) for value in sums]
+    return {
+        name: high - low for name, low, high in zip(PARTS, [0, *rounded[:-1]], rounded, strict=True)
+    }
+
+
+def _busiest(stages: tuple[StageNs, ...]) -> tuple[float, float]:
+    """Return reduction and optimizer of the stage that spends most on them."""
+    return max(
+        ((float(stage.reduction[-1]), float(stage.optimizer[-1])) for stage in stages), key=sum
+    )
+
+
+def _growing(lanes: Lanes) -> Lanes:
+    """Return lanes of one candidate with one more loss each, in the order of `_LANES`."""
+    count = len(_LANES)
+    factor: Floats = np.repeat(lanes.factor, count, axis=1)
+    factor[MEMORY, :1] = 0.0
+    factor[INTRA, :2] = factor[INTER, :2] = 0.0
+
+    def last_only(values: Floats) -> Floats:
+        return np.concatenate((np.zeros(count - 1), values))
+
+    return replace(
+        lanes,
+        factor=factor,
+        launch=last_only(lanes.launch),
+        message=last_only(lanes.message),
+        crossing=last_only(lanes.crossing),
+        spanning=last_only(lanes.spanning),
+        exposed=np.repeat(lanes.exposed, count),
+        step=np.repeat(lanes.step, count),
+    )
