@@ -6,7 +6,7 @@ from pathlib import Path
 
 from layline.walk import Progress, ignore_progress
 from planner.predict import predict as reference_predict
-from planner.published import load_runs
+from planner.published.runs import load_runs
 from profiles.errors import InvalidInputError
 from profiles.files import canonical_json, write_text
 from reports.accuracy import accuracy_page

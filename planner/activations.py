@@ -129,11 +129,16 @@ def _mlp_bytes(model: ModelSpec, size: Sizes, fusion: Fusion) -> int:
     return size.rows * (widths * size.element + 4 * model.num_experts)
 
 
-def head_activations(model: ModelSpec, size: Sizes, *, fusion: Fusion, fuses_norms: bool) -> int:
-    """Return what the last stage keeps beside its layers: its norm's, and an fp32 softmax."""
+def head_activations(
+    model: ModelSpec, size: Sizes, *, fusion: Fusion, fuses_norms: bool, fuses_loss: bool = False
+) -> int:
+    """Return what the last stage keeps beside its layers: its norm's, and an fp32 softmax.
+
+    A fused loss keeps the gradient of the logits in the place of the logits instead.
+    """
     norms = (1 if fusion == "compiled" else 2) + (0 if fuses_norms else 1)
     norm = size.between * (norms * model.hidden * size.element + 4)
-    return norm + size.rows * 4 * size.vocab
+    return norm + size.rows * (size.element if fuses_loss else 4) * size.vocab
 
 
 def layer_activation_bytes(shape: StageShape, element_bytes: int, *, fuses_norms: bool) -> int:
@@ -163,6 +168,8 @@ def stage_activation_bytes(
     """Return what each stage keeps of one micro-batch from its forward to its backward."""
     size = Sizes.of(model, workload, layout)
     layer = layer_of(model, size, stack).kept(layout.recompute)
-    head = head_activations(model, size, fusion=stack.fusion, fuses_norms=stack.fuses_norms)
+    head = head_activations(
+        model, size, fusion=stack.fusion, fuses_norms=stack.fuses_norms, fuses_loss=stack.fuses_loss
+    )
     stages = [num_layers * layer for num_layers in layout.stage_layers]
     return (*stages[:-1], stages[-1] + head)

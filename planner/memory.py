@@ -226,7 +226,7 @@ def peak_memory(
     stage_bytes = stage_activation_bytes(model, workload, layout, stack)
     activations = peak_activations(schedule, stage_bytes)
     working = _working_bytes(model, size, layout, stack)
-    logits = size.rows * size.vocab * (4 + size.element)
+    logits = 0 if stack.fuses_loss else size.rows * size.vocab * (4 + size.element)
     exchange = _exchange_bytes(model, size, layout)
     accumulates = (stack.gradient_bytes or size.element) != size.element
     found = []

@@ -1,6 +1,6 @@
 """Predicted steps of training runs on clusters that are not at hand, from reference profiles."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from planner.interval import band_of
@@ -45,12 +45,10 @@ def predict(setup: Setup) -> Prediction:
     (True, True)
     """
     _check(setup)
-    layout = setup.layout
     model = step_model(setup)
     lanes = stack_lanes(setup.stack)
     step_ns = round(float(model.step_ns(lanes)[0]))
     band = band_of(setup.stack.name, setup.cluster.pools[0].gpu.name, model.is_extrapolated)
-    schedule = built(layout)
     return Prediction(
         step=Cost(
             p10_ns=round(band.low * step_ns),
@@ -58,11 +56,31 @@ def predict(setup: Setup) -> Prediction:
             p90_ns=round(band.high * step_ns),
             is_extrapolated=model.is_extrapolated,
         ),
-        memory=peak_memory(
-            setup.model, setup.workload, layout, schedule, setup.stack, context_bytes(layout)
-        ),
+        memory=memory_of(setup),
         parts=waterfall(setup, model, lanes, step_ns),
     )
+
+
+def memory_of(setup: Setup) -> tuple[PeakMemory, ...]:
+    """Return the peak memory of each pipeline rank of `setup`."""
+    layout = setup.layout
+    return peak_memory(
+        setup.model, setup.workload, layout, built(layout), setup.stack, context_bytes(layout)
+    )
+
+
+def likeliest(setups: Sequence[Setup]) -> Setup:
+    """Return the first of `setups` whose ranks fit in memory, or the very first if none does.
+
+    The allocator's reserve does not count: where memory is short it is given back.
+    """
+    if len(setups) == 1:
+        return setups[0]
+    for setup in setups:
+        limit = setup.cluster.pools[0].gpu.memory_bytes
+        if all(rank.allocated + rank.context <= limit for rank in memory_of(setup)):
+            return setup
+    return setups[0]
 
 
 def step_model(setup: Setup) -> StepModel:
@@ -94,4 +112,4 @@ def _check(setup: Setup) -> None:
         )
 
 
-__all__ = ["Prediction", "Setup", "predict", "step_model"]
+__all__ = ["Prediction", "Setup", "likeliest", "memory_of", "predict", "step_model"]

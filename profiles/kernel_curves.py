@@ -72,11 +72,14 @@ class AttentionCurve(NamedTuple):
 SPLITS = (1, 2, 4)
 MOST_SPLIT_WAVES = 4
 THROTTLE_NS = 1e6
+# Fused attention computes blocks of queries against blocks of keys, and pads its heads.
 BLOCK = 128
 HEAD_STEP = 32
+# Bytes of an operand's value, and of the result's.
 DTYPE_BYTES = {"fp32": (4, 4), "fp16": (2, 2), "bf16": (2, 2), "fp8": (1, 2)}
 # Beside a forward's two matrix products a backward has three more.
 BACKWARD_FLOPS = 2.5
+# The head sizes and the least number of queries that the fused kernels were measured with.
 MEASURED_HEADS = (64, 256)
 MEASURED_QUERIES = 512
 
@@ -159,22 +162,28 @@ def _tables() -> Mapping[str, Any]:
 @cache
 def memory_curve(gpu: str) -> MemoryCurve:
     """Return how `gpu` streams memory."""
+    device = gpu_preset(gpu)
     table = _tables()["memory"][gpu]
     return MemoryCurve(
         launch_ns=parse_quantity(table["launch"], "ns"),
-        bytes_per_s=table["share"] * gpu_preset(gpu).memory_bytes_per_s,
+        bytes_per_s=table["share"] * device.memory_bytes_per_s,
         is_extrapolated=table["is_extrapolated"],
     )
 
 
 @cache
 def matmul_curve(gpu: str, dtype: str) -> MatmulCurve:
-    """Return the matrix products of `gpu` in `dtype`; ValueError for a dtype that it lacks."""
+    """Return the matrix products of `gpu` in `dtype`; fp16 runs as bf16 does.
+
+    Raises ValueError for a dtype that it lacks, InvalidInputError for an unknown device.
+    """
+    memory = memory_curve(gpu)
     tables = _tables()["matmul"][gpu]
     found = "bf16" if dtype == "fp16" and dtype not in tables else dtype
     if found not in tables:
         raise ValueError(
-            f'matmul dtype "{dtype}" on {gpu}: it must be one of {", ".join(sorted(tables))}'
+            f'a matrix product on {gpu} has dtype "{dtype}"; the device must support it: '
+            f"use one of {', '.join(sorted(tables))}"
         )
     table = tables[found]
     value_bytes, result_bytes = DTYPE_BYTES[dtype]
@@ -185,7 +194,7 @@ def matmul_curve(gpu: str, dtype: str) -> MatmulCurve:
         small_tile=table["small_tile"],
         throttle=table["throttle"],
         num_processors=_tables()["memory"][gpu]["num_processors"],
-        memory_bytes_per_s=memory_curve(gpu).bytes_per_s,
+        memory_bytes_per_s=memory.bytes_per_s,
         value_bytes=value_bytes,
         result_bytes=result_bytes,
         smallest_dim=table["smallest_dim"],
@@ -201,6 +210,7 @@ def attention_curve(gpu: str, kernel: str, direction: str) -> AttentionCurve | N
     A device that cannot run flash3 takes flash2; one whose measured kernel is a later one
     (Blackwell) takes that for both names.
     """
+    memory = memory_curve(gpu)
     tables = _tables()["attention"].get(gpu, {})
     if not tables or kernel == "unfused":
         return None
@@ -211,7 +221,7 @@ def attention_curve(gpu: str, kernel: str, direction: str) -> AttentionCurve | N
         scores_per_s=table["scores_per_s"],
         overhead_keys=table["overhead_keys"],
         num_processors=_tables()["memory"][gpu]["num_processors"],
-        memory_bytes_per_s=memory_curve(gpu).bytes_per_s,
+        memory_bytes_per_s=memory.bytes_per_s,
         is_extrapolated=table["is_extrapolated"],
     )
 
@@ -224,7 +234,7 @@ def matmul(gpu: str, dtype: str, m: int, n: int, k: int) -> Estimate:
     the curve is, and outside the sizes that were measured.
 
     >>> round(matmul("h100-sxm", "bf16", 8192, 8192, 8192).ns / 1e6, 1)
-    1.5
+    1.4
     """
     curve = matmul_curve(gpu, dtype)
     is_outside = min(m, n, k) < curve.smallest_dim or 2.0 * m * n * k > curve.most_flops
@@ -301,7 +311,7 @@ def memory_pass(gpu: str, size_bytes: int) -> Estimate:
     t = launch + size / rate
 
     >>> round(memory_pass("a100-sxm-80gb", 2_000_000_000).ns / 1e6, 1)
-    1.2
+    1.1
     """
     curve = memory_curve(gpu)
     return Estimate(curve.launch_ns + 1e9 * size_bytes / curve.bytes_per_s, curve.is_extrapolated)

@@ -68,8 +68,9 @@ class StackSpec:
     is hidden: the collective is computed by the very core that runs the backward.
 
     `fuses_norms` says whether a norm is one kernel; composed of several, it keeps the normalised
-    input for its backward. `fusion` says the same of all memory-bound work between the matrix
-    products: one kernel an operator, hand-fused kernels, or what a compiler makes of it.
+    input for its backward. `fuses_loss` says whether the loss turns the logits into their gradient
+    in place; else it makes them again in fp32. `fusion` says of all memory-bound work between the
+    matrix products whether it is one kernel an operator, hand-fused, or what a compiler makes.
 
     A parameter takes its compute dtype, and of each of its owners `master_bytes` for a copy in full
     precision and `moment_bytes` for the optimizer's moments; its gradient is kept in
@@ -100,6 +101,7 @@ class StackSpec:
     tensor_overlap: TensorOverlap = "none"
     fusion: Fusion = "eager"
     attention: Attention = "flash2"
+    fuses_loss: bool = False
     uses_cuda_graphs: bool = False
     gradient_bytes: int = 0
     reduction_bytes: int = 0

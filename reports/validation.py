@@ -11,8 +11,8 @@ from statistics import median
 from typing import Any
 
 from planner.flops import peak_flops_per_s, step_flops
-from planner.predict import Prediction
-from planner.published import PublishedRun, UnreadRun
+from planner.predict import Prediction, likeliest
+from planner.published.runs import PublishedRun, UnreadRun
 from planner.setup import Setup
 from profiles.errors import UnsupportedError
 
@@ -79,15 +79,13 @@ Outcome = Scored | UnreadRun
 def score(run: PublishedRun | UnreadRun, predict: Predict) -> Outcome:
     """Return `run` beside its prediction, or why there is none.
 
-    Of several setups the first that fits is meant, or the last where none does.
+    Of several setups the likeliest is meant.
     """
     if isinstance(run, UnreadRun):
         return run
     try:
-        for setup in run.setups:
-            prediction = predict(setup)
-            if _fits(setup, prediction):
-                break
+        setup = likeliest(run.setups)
+        prediction = predict(setup)
     except UnsupportedError as error:
         return UnreadRun(id=run.id, group=run.group, reason=str(error))
     except Exception as error:
@@ -95,9 +93,8 @@ def score(run: PublishedRun | UnreadRun, predict: Predict) -> Outcome:
         reason = f"the model failed: {type(error).__name__}: {error}"
         return UnreadRun(id=run.id, group=run.group, reason=reason[:500])
     if len(run.setups) > 1:
-        why = "the least that fits" if _fits(setup, prediction) else "as nothing fits"
-        chosen = f"recompute not stated: {setup.layout.recompute}, {why}"
-        run = replace(run, remarks=(*run.remarks, chosen))
+        assumed = f"recompute not stated: {setup.layout.recompute} assumed"
+        run = replace(run, remarks=(*run.remarks, assumed))
     return Scored(run=run, setup=setup, prediction=prediction)
 
 

@@ -126,7 +126,10 @@ def made_up_job(num_ranks: int) -> Job:
     """Return a job of the tiny model on a made-up node."""
     gpu = GpuSpec(name="made-up", memory_bytes=1 << 30, memory_bytes_per_s=1e9,
                   peak_flops_per_s={}, max_power_watts=0.0, **MADE_UP)  # fmt: skip
-    link = LinkSpec(name="made-up", bytes_per_s=1e9, latency_ns=0, **MADE_UP)
+    link = LinkSpec(
+        name="made-up", bytes_per_s=1e9, latency_ns=0, source=MADE_UP["source"],
+        date=MADE_UP["date"],
+    )  # fmt: skip
     pool = PoolSpec(gpu=gpu, gpus_per_node=num_ranks, num_nodes=1, intra_node=link)
     return Job(
         seed=0,

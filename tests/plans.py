@@ -42,7 +42,9 @@ def tiny_cluster(num_ranks: int = 8) -> ClusterSpec:
         name="cpu", memory_bytes=1 << 30, memory_bytes_per_s=1e10,
         peak_flops_per_s={"fp32": 1e11}, max_power_watts=10.0, **note,
     )  # fmt: skip
-    link = LinkSpec(name="loopback", bytes_per_s=1e9, latency_ns=1000, **note)
+    link = LinkSpec(
+        name="loopback", bytes_per_s=1e9, latency_ns=1000, source=note["source"], date=note["date"]
+    )
     pool = PoolSpec(gpu=gpu, gpus_per_node=num_ranks, num_nodes=1, intra_node=link)
     return ClusterSpec(name="here", pools=(pool,), local_device="cpu")
 

@@ -7,9 +7,9 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from planner.flops import step_flops
-from planner.published import NEEDED_COLUMNS, PublishedRun, UnreadRun, load_runs, read_run
-from planner.published_layout import split_layers
-from planner.published_model import read_model
+from planner.published.layout import split_layers
+from planner.published.model import read_model
+from planner.published.runs import NEEDED_COLUMNS, PublishedRun, UnreadRun, load_runs, read_run
 from profiles.errors import InvalidInputError
 from profiles.model import ModelSpec
 from profiles.presets import model_preset, stack_preset

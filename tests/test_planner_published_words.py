@@ -2,8 +2,8 @@
 
 import pytest
 
-from planner.published_machine import read_machine
-from planner.published_words import (
+from planner.published.machine import read_machine
+from planner.published.words import (
     read_attention,
     read_framework,
     read_precision,

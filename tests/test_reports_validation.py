@@ -12,8 +12,8 @@ from planner.flops import peak_flops_per_s, step_flops
 from planner.layout import Layout
 from planner.plan import PeakMemory
 from planner.predict import Prediction
-from planner.published import PublishedRun, UnreadRun
-from planner.published_metric import Measured
+from planner.published.metric import Measured
+from planner.published.runs import PublishedRun, UnreadRun
 from planner.setup import Setup
 from profiles.errors import UnsupportedError
 from profiles.presets import cluster_preset, model_preset, stack_preset
@@ -154,22 +154,14 @@ def test_runs_that_fit_are_told_from_those_that_do_not() -> None:
     assert (row["measured"], row["predicted"], row["rel_err"], row["fits"]) == (1, 1, None, False)
 
 
-@pytest.mark.parametrize(
-    ("full_gib", "said"),
-    [(20, "selective, the least that fits"), (200, "full, as nothing fits")],
-)
-def test_the_least_recompute_that_fits_is_meant(full_gib: float, said: str) -> None:
+def test_the_recompute_mode_that_was_assumed_is_said() -> None:
     run = a_run(10**9)
     modes = [replace(run.setups[0], layout=replace(run.setups[0].layout, recompute=mode))
              for mode in ("none", "selective", "full")]  # fmt: skip
-    need = {"none": 10 * full_gib, "selective": 3 * full_gib, "full": full_gib}
-    outcome = score(
-        replace(run, setups=tuple(modes)),
-        predicting(lambda _: 1e9, lambda setup: need[setup.layout.recompute]),
-    )
+    outcome = score(replace(run, setups=tuple(modes)), predicting(lambda _: 1e9))
     assert isinstance(outcome, Scored)
-    assert outcome.setup.layout.recompute == said.partition(",")[0]
-    assert row_json(outcome)["reason"] == f"recompute not stated: {said}"
+    assert outcome.setup == modes[0]
+    assert row_json(outcome)["reason"] == "recompute not stated: none assumed"
 
 
 @pytest.mark.parametrize("error", [UnsupportedError("no such thing"), ZeroDivisionError("x")])

@@ -25,7 +25,7 @@ CATEGORY_NAMES = ("matmul", "attention", "memory", "intra", "inter")
 COMPUTE, EXCHANGE = STREAMS = range(2)
 US, MS = 1e3, 1e6
 
-KNEE = 8
+KNEE = 12
 """How soft the change from host-bound to device-bound is: kernels of a layer are not alike."""
 
 

@@ -10,9 +10,9 @@ import sys
 from collections.abc import Iterator, Mapping, Sequence
 from functools import partial
 from pathlib import Path
-from typing import NamedTuple
 
 from profiles.kernel_curves import DTYPE_BYTES, AttentionCurve, MatmulCurve, fused_ns, matmul_ns
+from profiles.measure import published_devices as devices
 from profiles.measure import published_rows as published
 from profiles.measure.published_fit import Fit, Numbers, fit
 from profiles.measure.published_rows import AttentionRow, MatmulRow, MemoryRow
@@ -31,94 +31,6 @@ Table = dict[str, str | float | bool]
 # No kernel that was timed ended sooner.
 LEAST_LAUNCH_NS = 1500.0
 
-AICONFIGURATOR = "github:ai-dynamo/aiconfigurator@095f58a51"
-SIMUMAX = "github:MooreThreads/SimuMax@4dcaae5"
-OPERATORS = "github:DebarghaG/estimate-train-time@1ac4d5e"
-FIGURES = "github:Dao-AILab/flash-attention assets (figures)"
-PAPER = "arXiv 2407.08608 (figure of the backward)"
-
-# As the driver counts them, not the full die.
-NUM_PROCESSORS = {
-    "v100-sxm2-16gb": 80,
-    "v100-sxm2-32gb": 80,
-    "a100-sxm-40gb": 108,
-    "a100-sxm-80gb": 108,
-    "a100-pcie-80gb": 108,
-    "h100-pcie": 114,
-    "h100-sxm": 132,
-    "h200-sxm": 132,
-    "b200-sxm": 148,
-    "b300-sxm": 148,
-    "gb200": 152,
-    "gb300": 152,
-    "l40s": 142,
-    "mi300x": 304,
-}
-
-
-class Source(NamedTuple):
-    """Where products were measured: the device's name in kernels.csv, dtypes, the source."""
-
-    name: str
-    dtypes: tuple[str, ...]
-    source: str
-    date: str
-
-
-MATMULS = {
-    "a100-sxm-80gb": Source("NVIDIA A100-SXM4-80GB", ("bf16",), AICONFIGURATOR, "2026-01-01"),
-    "a100-pcie-80gb": Source("A100-PCIe-80GB", ("bf16",), SIMUMAX, "2026-05-01"),
-    "h100-sxm": Source("NVIDIA H100 80GB HBM3", ("bf16", "fp8"), AICONFIGURATOR, "2026-01-01"),
-    "h200-sxm": Source("NVIDIA H200", ("bf16", "fp8"), AICONFIGURATOR, "2026-01-01"),
-    "b200-sxm": Source("NVIDIA B200", ("bf16", "fp8"), AICONFIGURATOR, "2026-01-01"),
-    "gb200": Source("NVIDIA GB200", ("bf16", "fp8"), AICONFIGURATOR, "2026-01-01"),
-    "b300-sxm": Source("NVIDIA B300 SXM6 AC", ("bf16", "fp8"), AICONFIGURATOR, "2026-01-01"),
-    "l40s": Source("NVIDIA L40S", ("bf16", "fp8"), AICONFIGURATOR, "2026-01-01"),
-}
-BLACKWELL = ("b200-sxm", "gb200", "b300-sxm")
-
-# The same silicon beside another memory: the numbers hold as measured.
-MATMUL_TWINS = {"a100-sxm-40gb": "a100-sxm-80gb"}
-ATTENTION_TWINS = {"a100-sxm-40gb": "a100-sxm-80gb", "h200-sxm": "h100-sxm"}
-MEMORY_TWINS = {"a100-sxm-40gb": "a100-sxm-80gb", "h200-sxm": "h100-sxm"}
-# The nearest relative of a device that was not measured.
-MATMUL_RELATIVES = {
-    "v100-sxm2-16gb": "a100-sxm-80gb",
-    "v100-sxm2-32gb": "a100-sxm-80gb",
-    "h100-pcie": "h100-sxm",
-    "gb300": "b300-sxm",
-    "mi300x": "h100-sxm",
-}
-ATTENTION_RELATIVES = {
-    "a100-pcie-80gb": "a100-sxm-80gb",
-    "h100-pcie": "h100-sxm",
-    "gb300": "b300-sxm",
-    "l40s": "a100-sxm-80gb",
-    "mi300x": "a100-sxm-80gb",
-}
-MEMORY_RELATIVES = {
-    "v100-sxm2-16gb": "a100-sxm-80gb",
-    "v100-sxm2-32gb": "a100-sxm-80gb",
-    "a100-pcie-80gb": "a100-sxm-80gb",
-    "l40s": "a100-sxm-80gb",
-    "mi300x": "a100-sxm-80gb",
-    "h100-pcie": "h100-sxm",
-    "b200-sxm": "h100-sxm",
-    "gb200": "h100-sxm",
-    "b300-sxm": "h100-sxm",
-    "gb300": "h100-sxm",
-}
-# Operators of GH200 stand for H100; its HBM3 streams 4 TB/s (NVIDIA's GH200 data sheet, 96 GB).
-OPERATOR_GPUS = {
-    "a100-sxm-80gb": ("NVIDIAA100-SXM4-80GB", 2039e9),
-    "h100-sxm": ("NVIDIAGH200120GB", 4000e9),
-}
-# Four times the largest of these caches (H100: 50 MB) no longer fits.
-SMALLEST_ADD_BYTES = 200_000_000
-MAMF = {"mi300x": "AMD MI300X", "h100-sxm": "NVIDIA H100 SXM"}
-# V100 has no bf16; its products in fp16 take the place.
-WIDE = "bf16"
-
 
 def memory_curves(folder: Path) -> Iterator[tuple[str, Table]]:
     """Yield how each device streams memory.
@@ -127,27 +39,29 @@ def memory_curves(folder: Path) -> Iterator[tuple[str, Table]]:
     sizes that the cache does not spoil.
     """
     found: dict[str, Table] = {}
-    for gpu, (name, peak) in OPERATOR_GPUS.items():
+    for gpu, (name, peak) in devices.OPERATOR_GPUS.items():
 
         def predict(at: Numbers, row: MemoryRow, peak: float = peak) -> float:
             return at["launch"] + 1e9 * row.size_bytes / (at[row.op] * peak)
 
         start = {"launch": 3000.0, "add": 0.8, "gelu_forward": 0.7, "gelu_backward": 0.7}
-        result = fit(published.memory_rows(folder, name, SMALLEST_ADD_BYTES), predict, start)
+        result = fit(
+            published.memory_rows(folder, name, devices.SMALLEST_ADD_BYTES), predict, start
+        )
         found[gpu] = {
             "launch": f"{result.numbers['launch']:.0f} ns",
             "share": _digits(result.numbers["add"]),
             **result.errors,
-            "source": f"{OPERATORS} ({name}: additions and GELUs)",
+            "source": f"{devices.OPERATORS} ({name}: additions and GELUs)",
             "date": "2025-01-01",
         }
     for gpu in gpu_presets():
-        origin = MEMORY_TWINS.get(gpu, MEMORY_RELATIVES.get(gpu, gpu))
+        origin = devices.MEMORY_TWINS.get(gpu, devices.MEMORY_RELATIVES.get(gpu, gpu))
         yield (
             f"memory.{gpu}",
             {
-                "num_processors": NUM_PROCESSORS[gpu],
-                **_told(found[origin], gpu, origin, gpu in MEMORY_RELATIVES),
+                "num_processors": devices.NUM_PROCESSORS[gpu],
+                **_told(found[origin], gpu, origin, gpu in devices.MEMORY_RELATIVES),
             },
         )
 
@@ -161,7 +75,7 @@ def matmul_curve(gpu: str, dtype: str, at: Numbers, memory_share: float) -> Matm
         prologue=at["prologue"],
         small_tile=min(1.0, at["small_tile"]),
         throttle=at["throttle"],
-        num_processors=NUM_PROCESSORS[gpu],
+        num_processors=devices.NUM_PROCESSORS[gpu],
         memory_bytes_per_s=memory_share * gpu_preset(gpu).memory_bytes_per_s,
         value_bytes=value_bytes,
         result_bytes=result_bytes,
@@ -193,7 +107,7 @@ def fit_matmul(gpu: str, dtype: str, rows: Sequence[MatmulRow], share: float, la
 def matmul_curves(folder: Path, shares: Mapping[str, float]) -> dict[tuple[str, str], Table]:
     """Return the products of every device and dtype, by (device, dtype)."""
     found: dict[tuple[str, str], Table] = {}
-    for gpu, origin in MATMULS.items():
+    for gpu, origin in devices.MATMULS.items():
         launch = 0.0
         for dtype in origin.dtypes:
             rows = published.matmul_rows(folder, origin.name, dtype)
@@ -208,14 +122,17 @@ def matmul_curves(folder: Path, shares: Mapping[str, float]) -> dict[tuple[str, 
                 "date": origin.date,
                 "is_extrapolated": False,
             }
-    for gpu, twin in MATMUL_TWINS.items():
-        found[gpu, WIDE] = _told(found[twin, WIDE], gpu, twin, False)
-    largest = {gpu: published.largest_tflops(folder, name, WIDE) for gpu, name in MAMF.items()}
-    for gpu, relative in MATMUL_RELATIVES.items():
+    for gpu, twin in devices.MATMUL_TWINS.items():
+        found[gpu, devices.WIDE] = _told(found[twin, devices.WIDE], gpu, twin, False)
+    largest = {
+        gpu: published.largest_tflops(folder, name, devices.WIDE)
+        for gpu, name in devices.MAMF.items()
+    }
+    for gpu, relative in devices.MATMUL_RELATIVES.items():
         peaks, known = (gpu_preset(name).peak_flops_per_s for name in (gpu, relative))
         for dtype in ("fp8", "bf16", "fp16"):
-            if dtype in peaks and (dtype != "fp16" or WIDE not in peaks):
-                origin_dtype = WIDE if dtype == "fp16" else dtype
+            if dtype in peaks and (dtype != "fp16" or devices.WIDE not in peaks):
+                origin_dtype = devices.WIDE if dtype == "fp16" else dtype
                 ratio = peaks[dtype] / known[origin_dtype]
                 if gpu in largest:
                     ratio = largest[gpu] / largest[relative]
@@ -224,7 +141,7 @@ def matmul_curves(folder: Path, shares: Mapping[str, float]) -> dict[tuple[str, 
                 )
     for gpu in gpu_presets():
         peaks = gpu_preset(gpu).peak_flops_per_s
-        wide = WIDE if WIDE in peaks else "fp16"
+        wide = devices.WIDE if devices.WIDE in peaks else "fp16"
         ratio = peaks["fp32"] / peaks[wide]
         found[gpu, "fp32"] = _scaled(found[gpu, wide], gpu, f"{gpu} in {wide}", {"rate": ratio})
     return found
@@ -247,7 +164,7 @@ def attention_curve(gpu: str, direction: str, at: Numbers, share: float) -> Atte
         flops_per_s=at[f"{direction}_rate"],
         scores_per_s=at[f"{direction}_scores"],
         overhead_keys=at[f"{direction}_overhead"],
-        num_processors=NUM_PROCESSORS[gpu],
+        num_processors=devices.NUM_PROCESSORS[gpu],
         memory_bytes_per_s=share * gpu_preset(gpu).memory_bytes_per_s,
     )
 
@@ -279,7 +196,7 @@ def fit_attention(
             )
         return ns
 
-    peak = gpu_preset(gpu).peak_flops_per_s[WIDE]
+    peak = gpu_preset(gpu).peak_flops_per_s[devices.WIDE]
     start = {"host": 20_000.0} if rows[0].library == "torch_flow" else {}
     if like:
         start |= {"rate": 0.5, "scores": 0.5}
@@ -313,17 +230,20 @@ def attention_curves(
         found[gpu, kernel] = _directions(result.numbers, hopper, {**result.errors, **about})
         return result.numbers
 
-    about: Table = {"source": f"{FIGURES}; {PAPER}", "date": "2024-07-01"}
+    about: Table = {"source": f"{devices.FIGURES}; {devices.PAPER}", "date": "2024-07-01"}
     second, third = "FlashAttention-2", "FlashAttention-3"
     rows = [*figures(h100, second), *published.figure_rows(second)]
     flash2 = add("h100-sxm", "flash2", rows, about, {})
     rows = [*figures(h100, third), *published.figure_rows(third)]
     hopper = add("h100-sxm", "flash3", rows, about, {})
-    about = {"source": f"{FIGURES}; split by direction as on h100-sxm", "date": "2023-07-01"}
+    about = {
+        "source": f"{devices.FIGURES}; split by direction as on h100-sxm",
+        "date": "2023-07-01",
+    }
     add("a100-sxm-80gb", "flash2", figures(a100, second), about, flash2)
-    for gpu in BLACKWELL:
-        name = MATMULS[gpu].name
-        about = {"source": f"{AICONFIGURATOR} ({name})", "date": "2026-01-01"}
+    for gpu in devices.BLACKWELL:
+        name = devices.MATMULS[gpu].name
+        about = {"source": f"{devices.AICONFIGURATOR} ({name})", "date": "2026-01-01"}
         add(gpu, "flash3", figures(name, "torch_flow"), about, {})
     return found
 
@@ -366,13 +286,15 @@ def spread_attention(
     for (origin, kernel), tables in found.items():
         for direction, table in tables.items():
             yield f"attention.{origin}.{kernel}.{direction}", table
-            for gpu, twin in ATTENTION_TWINS.items():
+            for gpu, twin in devices.ATTENTION_TWINS.items():
                 if twin == origin:
                     is_far = bool(table["is_extrapolated"])
                     yield f"attention.{gpu}.{kernel}.{direction}", _told(table, gpu, twin, is_far)
-            for gpu, relative in ATTENTION_RELATIVES.items():
+            for gpu, relative in devices.ATTENTION_RELATIVES.items():
                 if relative == origin:
-                    ratio = _rate(matmuls[gpu, WIDE]) / _rate(matmuls[relative, WIDE])
+                    ratio = _rate(matmuls[gpu, devices.WIDE]) / _rate(
+                        matmuls[relative, devices.WIDE]
+                    )
                     factors = {"rate": ratio, "scores_per_s": ratio}
                     scaled = _scaled(table, gpu, relative, factors)
                     yield f"attention.{gpu}.{kernel}.{direction}", scaled
@@ -407,7 +329,8 @@ def _scaled(table: Table, gpu: str, origin: str, factors: Mapping[str, float]) -
     return scaled
 
 
-def _render(tables: Mapping[str, Table]) -> str:
+def render(tables: Mapping[str, Table]) -> str:
+    """Return the text of the data file; the numbers that are read back give it again."""
     parts = [HEADER]
     for name in sorted(tables):
         lines = [f"[{name}]"]
@@ -427,7 +350,7 @@ def kernel_tables(folder: Path) -> dict[str, Table]:
     launches = {
         gpu: float(str(table["launch"]).split()[0])
         for (gpu, dtype), table in matmuls.items()
-        if dtype == WIDE
+        if dtype == devices.WIDE
     }
     attention = attention_curves(folder, shares, launches)
     tables |= dict(spread_attention(attention, matmuls))
@@ -438,7 +361,7 @@ def main() -> None:
     """Write the data file."""
     if len(sys.argv) != 2:
         raise SystemExit("usage: python -m profiles.measure.published_kernels FOLDER")
-    TARGET.write_text(_render(kernel_tables(Path(sys.argv[1]))), encoding="utf-8")
+    TARGET.write_text(render(kernel_tables(Path(sys.argv[1]))), encoding="utf-8")
 
 
 if __name__ == "__main__":

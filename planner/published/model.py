@@ -8,7 +8,7 @@ from functools import lru_cache
 from itertools import product
 from typing import NamedTuple
 
-from planner.published_words import shown
+from planner.published.words import shown
 from profiles.errors import UnsupportedError
 from profiles.model import Mlp, ModelSpec, Norm, Positions
 from profiles.presets import model_preset, model_presets

@@ -5,7 +5,7 @@ import re
 from typing import NamedTuple
 
 from planner.flops import peak_flops_per_s, step_flops
-from planner.published_words import shown
+from planner.published.words import shown
 from planner.setup import Setup
 from profiles.errors import UnsupportedError
 

@@ -6,8 +6,8 @@ from typing import NamedTuple
 
 from planner.layout import Layout
 from planner.partition import stages_by_rule
-from planner.published_model import whole
-from planner.published_words import (
+from planner.published.model import whole
+from planner.published.words import (
     SEQUENCE_PARALLEL_STACKS,
     SharedStates,
     read_schedule,
@@ -79,7 +79,7 @@ def read_layout(
     ):  # fmt: skip
         if count % by:
             raise UnsupportedError(f"{what} is {count}, no multiple of {axis} ({by})")
-    stages_per_rank, schedule, remarks = _read_schedule(cells, model, pp)
+    stages_per_rank, schedule, remarks = _read_schedule(cells, model, pp, stack)
     micro_batch, num_microbatches, said = _read_batches(cells, degrees, model, recompute)
     if (actions := pp * stages_per_rank * num_microbatches) > _MAX_ACTIONS:
         raise UnsupportedError(f"stages x micro-batches are {actions}, above {_MAX_ACTIONS:,}")
@@ -111,12 +111,13 @@ def _is_sequence_parallel(cells: Mapping[str, str], tp: int, stack: StackSpec) -
 
 
 def _read_schedule(
-    cells: Mapping[str, str], model: ModelSpec, pp: int
+    cells: Mapping[str, str], model: ModelSpec, pp: int, stack: StackSpec
 ) -> tuple[int, str, tuple[str, ...]]:
     """Return the stages a rank, the schedule, and what was assumed.
 
     Where `vpp` is empty the notes may tell it (VP=12); a schedule that is interleaved without a
-    number has the fewest stages that divide the layers of a rank.
+    number, or a stack that interleaves unless told otherwise, has the fewest stages that divide the
+    layers of a rank.
     """
     if pp == 1:
         return 1, "1f1b", ()
@@ -124,7 +125,7 @@ def _read_schedule(
     remarks: tuple[str, ...] = ()
     if not stages and (noted := re.search(r"\bVP *= *(\d{1,3})\b", cells.get("notes", ""))):
         stages, remarks = max(1, int(noted[1])), (f"vpp not stated: {noted[1]} as in the notes",)
-    if not stages and "interleav" in text.lower():
+    if not stages and (stack.interleaves or "interleav" in text.lower()):
         layers = model.num_layers // pp
         stages = next((size for size in range(2, layers + 1) if layers % size == 0), 1)
         remarks = (f"vpp not stated: {stages} assumed",)

@@ -13,11 +13,11 @@ from functools import lru_cache
 from itertools import islice
 from pathlib import Path
 
-from planner.published_layout import read_degrees, read_layout
-from planner.published_machine import Machine, read_machine
-from planner.published_metric import Measured, read_metric
-from planner.published_model import positive, read_model, whole
-from planner.published_words import (
+from planner.published.layout import read_degrees, read_layout
+from planner.published.machine import Machine, as_logged, read_machine
+from planner.published.metric import Measured, read_metric
+from planner.published.model import positive, read_model, whole
+from planner.published.words import (
     PADDED_STACKS,
     StackName,
     read_attention,
@@ -135,6 +135,7 @@ def _read_setups(cells: Mapping[str, str]) -> tuple[tuple[Setup, ...], tuple[str
         get("intra_node_link", "")[:200],
         get("inter_node_link", "")[:200],
     )
+    machine = as_logged(machine, get("notes", ""))
     shared = read_sharding(get("zero_stage_or_sharding", "")[:200])
     named = read_framework(
         get("framework", "")[:200],

@@ -6,7 +6,7 @@ from dataclasses import replace
 from functools import cache, lru_cache
 from typing import NamedTuple
 
-from planner.published_words import shown
+from planner.published.words import shown
 from profiles.cluster import ClusterSpec, GpuSpec, LinkSpec, PoolSpec
 from profiles.errors import UnsupportedError
 from profiles.presets import (
@@ -81,6 +81,7 @@ _FAMILIES = (
 )
 """A pattern of a fabric's text, and of the presets that have its latency."""
 _GENERATIONS = ((r"xdr", 800.0), (r"ndr", 400.0), (r"hdr", 200.0), (r"edr|omni.?path", 100.0))
+_LOGGED = re.compile(r"NCCL busbw logged AR/AG/RS = [0-9.]+/([0-9]+(?:\.[0-9]+)?)/")
 _ON_HOST = re.compile(r"^(?!.*(roce|rdma|tcpx)).*(tcp|socket|gvnic|ethernet|gbe)", re.DOTALL)
 """Ethernet without RDMA: the cores of the host move the bytes."""
 _MESHES = {"nvlink3": "nvlink3-mesh4", "nvlink4": "nvlink4-mesh4"}
@@ -224,3 +225,33 @@ def _nearest_fabric(family: str, bytes_per_s: float) -> LinkSpec:
         (fabric_preset(name) for name in names),
         key=lambda link: abs(link.bytes_per_s - bytes_per_s),
     )
+
+
+_BETWEEN_GB_PER_S = {2: 191.0, 4: 150.0, 8: 97.0, 16: 58.0}
+"""Bus bandwidth of an all-gather over so many nodes of 8 H100 on EFA that lies between two kinds of
+jobs of the HF sweep: medians 222, 228, 175 and 125 GB/s of one, 164, 99, 54 and 27 of the other.
+"""
+_HOST_SHARE = 0.4
+"""What is left of the wire's rate to jobs of the slower kind."""
+
+
+def as_logged(machine: Machine, notes: str) -> Machine:
+    """Return the machine with the fabric that the run itself saw, where its notes log it.
+
+    Jobs of the slower kind launch kernels as if cores were missing, so the host is taken to move
+    the bytes.
+    """
+    cluster, found = machine.cluster, _LOGGED.search(notes)
+    if found is None or cluster.inter_node is None:
+        return machine
+    num_nodes = cluster.pools[0].num_nodes
+    between = _BETWEEN_GB_PER_S[min(_BETWEEN_GB_PER_S, key=lambda nodes: abs(nodes - num_nodes))]
+    if float(found[1]) >= between:
+        return machine
+    slower = replace(
+        cluster.inter_node,
+        uses_host=True,
+        bytes_per_s=_HOST_SHARE * cluster.inter_node.bytes_per_s,
+    )
+    remark = f"all-gathers logged at {found[1]} GB/s: the host moves what crosses nodes"
+    return Machine(replace(cluster, inter_node=slower), (*machine.remarks, remark))
