@@ -221,6 +221,27 @@ def validate(runs: tuple[Path, ...], json_file: Path | None, page: Path | None) 
 
 
 @main.command()
+@click.argument("runs", type=FILE, nargs=-1)
+@_out("Write the scalars and bands here, as they are shipped.", required=False)
+def calibrate(runs: tuple[Path, ...], output: Path | None) -> None:
+    """Fit the scalars of the stacks to published runs; without files, to those shipped here."""
+    from layline.calibrate import calibrate as calibrate_runs
+    from layline.calibrate import calibration_text
+    from layline.show import progress_bar
+    from profiles.files import canonical_json, check_writable, write_text
+
+    if output is not None:
+        _spare(runs, output)
+        check_writable(output)
+    with progress_bar("calibrate") as progress:
+        found = calibrate_runs(runs, progress)
+    click.echo(calibration_text(found))
+    if output is not None:
+        write_text(output, canonical_json(found.shipped()))
+        click.echo(f"wrote {output}")
+
+
+@main.command()
 @click.argument("what", type=click.Choice(["engines", "executor"]))
 @as_json
 def bench(what: str, as_json: bool) -> None:

@@ -9,6 +9,7 @@ import click
 from layline import __version__
 from layline.show import plan_text, progress_bar, search_summary
 from layline.walk import load_run, measure_profile, run_series
+from planner.cost import measured_costs
 from planner.plan import Plan, save_plan
 from planner.search import best_of_each_kind, make_plan, search
 from profiles.errors import InvalidInputError
@@ -57,11 +58,10 @@ def _plan(directory: Path) -> list[Plan]:
     job_path = directory / "job.toml"
     write_text(job_path, (files("profiles") / "data" / "demo.toml").read_text(encoding="utf-8"))
     job = read_job(job_path, [f"cluster.ranks={num_ranks}", f"cluster.device={device}"])
-    result = search(job, profile)
+    costs = measured_costs(job, profile, str(profile_path))
+    result = search(job, costs)
     places = best_of_each_kind(result)[:MAX_RUNS]
-    plans = [
-        make_plan(job, profile, str(profile_path), result, place, __version__) for place in places
-    ]
+    plans = [make_plan(job, costs, result, place, __version__) for place in places]
     save_plan(plans[0], directory / "plan.json")
     click.echo(f"2. plan: {search_summary(result)}\n\n{plan_text(plans[0], 8)}\n")
     return plans

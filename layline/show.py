@@ -6,7 +6,7 @@ from contextlib import contextmanager
 
 from planner.plan import Plan
 from planner.search import SearchResult
-from reports.words import KIND_NAMES, duration, size, stages_text
+from reports.words import KIND_NAMES, duration, origin_text, size, stages_text
 from simulator.timeline import Kind, Timeline
 
 
@@ -37,7 +37,7 @@ def plan_text(plan: Plan, num_shown: int) -> str:
         f"workload {plan.workload.global_batch} x {plan.workload.seq_len} tokens a step, "
         f"{plan.workload.dtype}",
         f"cluster {plan.cluster.name}  {plan.cluster.num_ranks} ranks of "
-        f"{plan.profile.device.name}   profile of {plan.profile.measured_at}",
+        f"{plan.profile.device.name}   {origin_text(plan)}",
         f"best of {plan.num_layouts} layouts ({num_rejected} rejected{rules})",
         "",
         f"{'':2} {'layout':{width}} {'step':>10} {'P10 to P90':>21} {'tokens/s':>9} {'memory':>10}",
@@ -71,7 +71,7 @@ def bottleneck(plan: Plan, timeline: Timeline) -> str:
     )
     if sharing_ns:
         share = 100 * sharing_ns * plan.layout.num_microbatches / step_ns
-        text += f" (tensor-parallel all-reduce inside: {share:.0f} %)"
+        text += f" (exchange inside the layers: {share:.0f} %)"
     return f"{stages_text(stages)}: {text}"
 
 

@@ -9,7 +9,16 @@ import numpy as np
 from layline.show import bottleneck, shares
 from planner.lower import memory_of, simulation_of, timeline_of
 from planner.plan import Plan
-from reports.words import KIND_NAMES, duration, size, stages_text
+from planner.waterfall import Waterfall, waterfall
+from reports.words import (
+    KIND_NAMES,
+    PART_NAMES,
+    duration,
+    origin_text,
+    size,
+    stages_text,
+    utilization_text,
+)
 from simulator.critical import CriticalPath, critical_path
 from simulator.engine import Simulation
 from simulator.idle import COMMUNICATION, StreamUse, stream_uses
@@ -25,14 +34,15 @@ _BUSY: tuple[Kind, ...] = ("forward", "backward", "all_reduce", "optimizer", "ot
 class PredictedStep:
     """The median step of a plan: when everything happens, and what explains its length.
 
-    `uses` are of all streams, `critical` is the chain of ops that sets the length, `memory` what is
-    alive on each pipeline rank over time.
+    `uses` are of all streams, `waterfall` sums them up, `critical` is the chain of ops that sets the
+    length, `memory` what is alive on each pipeline rank over time.
     """
 
     plan: Plan
     simulation: Simulation
     timeline: Timeline
     uses: tuple[StreamUse, ...]
+    waterfall: Waterfall
     critical: CriticalPath
     memory: Mapping[int, MemoryCurve]
 
@@ -45,11 +55,13 @@ class PredictedStep:
 def predicted_step(plan: Plan) -> PredictedStep:
     """Return the predicted median step of `plan` in full."""
     simulation = simulation_of(plan)
+    uses = stream_uses(simulation)
     return PredictedStep(
         plan=plan,
         simulation=simulation,
         timeline=timeline_of(plan, simulation),
-        uses=stream_uses(simulation),
+        uses=uses,
+        waterfall=waterfall(plan, uses),
         critical=critical_path(simulation),
         memory=memory_of(plan, simulation),
     )
@@ -73,6 +85,7 @@ def step_json(step: PredictedStep) -> dict[str, Any]:
         "step_ns": step.timeline.makespan_ns,
         "timeline": step.timeline,
         "streams": step.uses,
+        "waterfall": step.waterfall,
         "critical_path": {
             "busy_ns": step.critical.busy_ns,
             "held_ns": step.critical.held_ns,
@@ -89,10 +102,13 @@ def step_text(step: PredictedStep) -> str:
         [
             f"{plan.layout}   step {duration(total_ns)}   "
             f"{plan.workload.tokens_per_step / total_ns * 1e9:,.0f} tokens/s",
+            *([origin_text(plan)] if plan.profile.is_reference else []),
             "",
             *_busy_table(step),
             "",
             *_idle_table(step),
+            *_waterfall_table(step),
+            "",
             f"critical path: {shares(step.critical.busy_ns, total_ns)}",
             f"bottleneck: {bottleneck(plan, step.timeline)}",
             "schedule:",
@@ -126,6 +142,17 @@ def _idle_table(step: PredictedStep) -> list[str]:
         for rank, (row, use) in enumerate(zip(causes, step.compute, strict=True))
     ]  # fmt: skip
     return ["idle, by cause", *_table(["stage", *shown, "all"], rows), ""]
+
+
+def _waterfall_table(step: PredictedStep) -> list[str]:
+    """Return the parts of the step, and the shares of the peak that follow from them."""
+    total_ns, found = step.timeline.makespan_ns, step.waterfall
+    rows = [
+        f"  {PART_NAMES[part]:28} {duration(ns):>10} {100 * ns / total_ns:6.1f} %"
+        for part, ns in found.parts_ns.items()
+    ]
+    title = "the step of the mean rank"
+    return [title, *rows, utilization_text(step.plan, found)]
 
 
 def _causes(use: StreamUse) -> dict[str, int]:

@@ -9,9 +9,12 @@ from pathlib import Path
 from typing import Literal
 
 from layline import __version__
+from planner.cost import measured_costs
+from planner.evaluate import Costs
 from planner.lower import simulate_plan
 from planner.plan import Plan, StalePlanError, load_plan
 from planner.record import StepRecord, load_run
+from planner.reference.costs import reference_costs
 from planner.search import make_plan, search
 from profiles.errors import InvalidInputError, UnsupportedError
 from profiles.files import canonical_json, digest, write_text
@@ -38,23 +41,16 @@ def measure_profile(
     return measure(num_ranks, device, quick=quick, on_progress=progress)
 
 
-def profile_for(
-    job: Job, job_path: Path, progress: Progress = ignore_progress
-) -> tuple[Profile, Path]:
-    """Return the profile that `job` names, and where it is.
+def profile_for(job: Job, progress: Progress = ignore_progress) -> tuple[Profile, Path]:
+    """Return the profile that `job` names, and where it is; without one the job is for here.
 
     `auto` is this machine's own: measured quickly and kept the first time, read afterwards.
     """
     if job.profile_path:
         path = Path(job.profile_path)  # seen from the job file already
         return load_profile(path), path
-    if not job.cluster.local_device:
-        raise UnsupportedError(
-            f"{job_path}: profile is auto, but cluster {job.cluster.name} is not this machine; "
-            "run `layline profile -o FILE` on one of its nodes and set profile to that file"
-        )
-    num_ranks = job.cluster.num_ranks
-    device = job.cluster.local_device
+    num_ranks, device = job.cluster.num_ranks, job.cluster.local_device
+    assert device, "a cluster elsewhere has no profile of its own"
     path = stored_profile_path(num_ranks, device)
     if (profile := stored_profile(num_ranks, device)) is None:
         make_room(path)
@@ -63,15 +59,27 @@ def profile_for(
     return profile, path
 
 
+def costs_for(job: Job, progress: Progress = ignore_progress) -> Costs:
+    """Return what the layouts of `job` take.
+
+    Measured where the job names a profile or is for this machine; elsewhere from published
+    measurements.
+    """
+    if not job.profile_path and not job.cluster.is_local:
+        return reference_costs(job)
+    profile, path = profile_for(job, progress)
+    # Whole, since the plan may be read in another folder; and UTF-8, since JSON is.
+    where = str(path.resolve()).encode(errors="replace").decode()
+    return measured_costs(job, profile, where)
+
+
 def plan_job(
     job_path: Path, overrides: Sequence[str] = (), progress: Progress = ignore_progress
 ) -> Plan:
     """Return the best plan for a job file; its ranking and rejections are in it."""
     job = read_job(job_path, overrides)
-    profile, profile_path = profile_for(job, job_path, progress)
-    # Whole, since the plan may be read in another folder; and UTF-8, since JSON is.
-    where = str(profile_path.resolve()).encode(errors="replace").decode()
-    return make_plan(job, profile, where, search(job, profile), 0, __version__)
+    costs = costs_for(job, progress)
+    return make_plan(job, costs, search(job, costs), 0, __version__)
 
 
 def run_series(
@@ -139,6 +147,7 @@ def _profile_changed(plan: Plan) -> str:
 
 
 __all__ = [
+    "costs_for",
     "ignore_progress",
     "load_plan",
     "load_run",

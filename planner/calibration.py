@@ -1,93 +1,123 @@
-"""Calibration: the scalars of stacks that make published runs come out right, and their bands.
+"""Calibration: the scalars of stacks that make published runs come out right, and their bands."""
 
-Errors are taken in logarithms and weigh less the larger they are (Huber), each group of runs weighs
-the square root of its runs, and every scalar is held near what all stacks share, those near their
-neutral values. So a stack with few runs stays close to the others and one with none has theirs. The
-search is Gauss-Newton with the best of four dampings, all candidates walked side by side; nothing
-in it is random.
-"""
-
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
-from itertools import product
-from typing import NamedTuple
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, NamedTuple
 
 import numpy as np
 
-from planner.reference.program import Floats, lanes_of
-from planner.reference.step import StepModel
+from planner.fit import SPREADS, Fit, Sample, fit, inward, predicted_ns, scalars_of
+from planner.interval import Band, Pair, conformal_bands
+from planner.predict import likeliest, step_model
+from planner.published.runs import PublishedRun, UnreadRun
+from profiles.errors import UnsupportedError
+from profiles.files import plain
+from profiles.presets import calibrated
 from profiles.stack import SCALARS, Scalar
 
+SCHEMA_VERSION = 1
 SHARED = "shared"
 """The name under which the scalars that all stacks share are kept."""
-SPREADS: Mapping[str, float] = {
-    "matmul": 0.15, "attention": 0.4, "memory": 0.4, "launch": 0.7, "intra": 0.4, "inter": 0.4,
-    "exposed": 0.3, "step": 1.5, "message": 4.0, "crossing": 4.0, "spanning": 4.0,
-}  # fmt: skip
-"""How far a stack may lie from its neighbours: standard deviations of ln(scalar), of `exposed`
-itself.
-"""
 OWN = ("launch", "step", "message", "crossing", "spanning")
 """Scalars of the host, which stacks do not share: those of a stack say nothing of another."""
-STARTS: Mapping[str, tuple[float, ...]] = {
-    "launch": (3.0, 5.0, 10.0, 20.0, 40.0),
-    "message": (100.0, 1e4, 3e5),
-    "crossing": (1.0, 200.0),
-    "spanning": (1.0, 30.0),
-}
-"""Where the search may begin: what binds is either the host or the device, and a step downhill from
-one side does not see the other.
-"""
-HOLD = 4.0
-"""How many runs it takes to outweigh what is known before."""
-HUBER = 0.08
-"""From which error on (ln) a run counts as an outlier, and pulls no harder."""
-MAX_ROUNDS = 25
-DAMPINGS = (1e-3, 1e-1, 1.0, 10.0)
-PROBE = 0.03
-"""How far a scalar is moved (ln) to see what it changes."""
-SMALLEST = 1e-3
 SHARED_RUNS = 60
 """Runs of each group that the shared scalars are found from."""
 STACK_RUNS = 400
 """Runs of each group that the scalars of a stack are found from."""
 
 
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Sample:
-    """One measured run, ready to be predicted for any scalars."""
+class Scores(NamedTuple):
+    """Errors of one group, in sample and predicted without it: median and P90 of each."""
 
     group: str
-    stack: str
-    calibrates: tuple[str, ...]
-    model: StepModel
-    measured_ns: float
+    num_runs: int
+    in_sample: tuple[float, float]
+    left_out: tuple[float, float]
 
 
-class Fit(NamedTuple):
-    """The scalars that were found, and the standard deviation of each in its own space."""
+class Calibration(NamedTuple):
+    """The scalars of each stack by name, the bands of predictions, and the errors by group."""
 
-    place: Floats
-    spread: Floats
+    scalars: Mapping[str, Mapping[str, Scalar]]
+    bands: Mapping[str, Band]
+    scores: Sequence[Scores]
+
+    def shipped(self) -> dict[str, Any]:
+        """Return what the package keeps of it, in profiles/data/scalars.json."""
+        return {"schema_version": SCHEMA_VERSION, "scalars": self.scalars, "bands": self.bands}
+
+    @property
+    def is_shipped(self) -> bool:
+        """Whether the package ships these scalars and bands, to the digit."""
+        return bool(plain(self.shipped()) == calibrated())
 
 
-Values = Mapping[str, float]
+def samples_of(runs: Sequence[PublishedRun | UnreadRun]) -> list[Sample]:
+    """Return the runs that were timed and can be predicted, ready to be fitted to."""
+    samples = []
+    for run in runs:
+        if isinstance(run, UnreadRun) or not run.measured.step_ns:
+            continue
+        setup = likeliest(run.setups)
+        try:
+            model = step_model(setup)
+        except UnsupportedError:
+            continue
+        samples.append(
+            Sample(
+                group=run.group,
+                stack=setup.stack.name,
+                gpu=setup.cluster.pools[0].gpu.name,
+                calibrates=setup.stack.calibrates,
+                model=model,
+                measured_ns=float(run.measured.step_ns),
+            )
+        )
+    return samples
 
 
-def calibrate(samples: Sequence[Sample]) -> dict[str, dict[str, Scalar]]:
-    """Return the scalars of every stack among `samples`, by name, and the shared ones."""
+def calibrate(samples: Sequence[Sample], tell: Callable[[str], None]) -> Calibration:
+    """Return the calibration on `samples`; `tell` hears what is being fitted."""
+    tell("what all stacks share")
     shared = shared_scalars(samples)
-    found = {SHARED: _scalars(shared, tuple(SCALARS))}
+    scalars = {SHARED: scalars_of(shared, tuple(SCALARS))}
+    pairs = list[Pair]()
     for stack in sorted({sample.stack for sample in samples}):
+        tell(f"stack {stack}")
         own = [sample for sample in samples if sample.stack == stack]
-        found[stack] = _scalars(stack_fit(own, shared), own[0].calibrates)
-    return found
+        found = stack_fit(own, shared)
+        scalars[stack] = scalars_of(found, own[0].calibrates)
+        pairs += _pairs(own, found)
+    unseen = {}
+    for group in sorted({sample.group for sample in samples}):
+        tell(f"all without {group}")
+        unseen[group] = left_out(samples, group)
+    return Calibration(
+        scalars=scalars,
+        bands=conformal_bands(pairs, [pair for found in unseen.values() for pair in found]),
+        scores=[_scores(group, pairs, unseen[group]) for group in unseen],
+    )
+
+
+def left_out(samples: Sequence[Sample], group: str) -> list[Pair]:
+    """Return the samples of `group` with the step that is predicted without it.
+
+    Neither the shared scalars nor those of the stack have seen the group. What is left of a stack
+    is fitted to its other groups; a stack without any takes what all others share.
+    """
+    others = [sample for sample in samples if sample.group != group]
+    shared, pairs = shared_scalars(others), list[Pair]()
+    own = [sample for sample in samples if sample.group == group]
+    for stack in sorted({sample.stack for sample in own}):
+        rest = [sample for sample in others if sample.stack == stack]
+        here = [sample for sample in own if sample.stack == stack]
+        pairs += _pairs(here, stack_fit(rest, shared) if rest else shared)
+    return pairs
 
 
 def shared_scalars(samples: Sequence[Sample]) -> Fit:
     """Return what all stacks share: a fit to a few runs of every group."""
     neutral = Fit(
-        place=np.array([_inward(name, meaning.neutral) for name, meaning in SCALARS.items()]),
+        place=np.array([inward(name, meaning.neutral) for name, meaning in SCALARS.items()]),
         spread=np.array([SPREADS[name] for name in SCALARS]),
     )
     usual = tuple(name for name in SCALARS if name not in OWN)
@@ -99,93 +129,22 @@ def stack_fit(samples: Sequence[Sample], shared: Fit) -> Fit:
     return fit(_thinned(samples, STACK_RUNS), shared, samples[0].calibrates)
 
 
-def predicted_ns(samples: Sequence[Sample], found: Fit) -> Floats:
-    """Return the step of each sample, float64 [N], under the scalars of `found`."""
-    return np.exp(_logs(samples, found.place[:, None])[:, 0])
+def _pairs(samples: Sequence[Sample], found: Fit) -> list[Pair]:
+    ratios = predicted_ns(samples, found) / np.array([sample.measured_ns for sample in samples])
+    return [
+        Pair(sample.group, sample.stack, sample.gpu, float(ratio))
+        for sample, ratio in zip(samples, ratios, strict=True)
+    ]
 
 
-def fit(samples: Sequence[Sample], start: Fit, names: Sequence[str]) -> Fit:
-    """Return the scalars `names` that fit `samples` best; the others stay at `start`."""
-    free = np.array([list(SCALARS).index(name) for name in names], np.intp)
-    low, high = _bounds()
-    measured = np.log([sample.measured_ns for sample in samples])
-    weights = _weights(samples)
-    hold = HOLD / np.array([SPREADS[name] for name in SCALARS]) ** 2
-
-    def loss(places: Floats, predicted: Floats) -> Floats:
-        errors = np.abs(predicted - measured[:, None])
-        huber = np.where(errors < HUBER, errors**2 / 2, HUBER * (errors - HUBER / 2))
-        held = (hold[:, None] * (places - start.place[:, None]) ** 2).sum(axis=0) / 2
-        return np.asarray((weights[:, None] * huber).sum(axis=0) / HUBER**2 + held)
-
-    places = _starts(start, names)
-    place = places[:, int(np.argmin(loss(places, _logs(samples, places))))]
-    curvature = np.diag(hold)
-    for _ in range(MAX_ROUNDS):
-        curvature, slope, now = _linearised(
-            samples, measured, weights, place, start.place, hold, free
-        )
-        tried = np.repeat(place[:, None], len(DAMPINGS), axis=1)
-        for column, damping in enumerate(DAMPINGS):
-            damped = curvature + damping * np.diag(np.diag(curvature))
-            tried[free, column] += np.clip(np.linalg.solve(damped, slope), -1, 1)
-        tried = np.clip(tried, low[:, None], high[:, None])
-        losses = loss(tried, _logs(samples, tried))
-        best, before = int(np.argmin(losses)), float(loss(place[:, None], now[:, None])[0])
-        if losses[best] < before:
-            place = tried[:, best]
-        if losses[best] >= before * (1 - 1e-4):
-            break
-    spread = np.zeros_like(place)
-    spread[free] = np.sqrt(np.diag(np.linalg.inv(curvature)))
-    return Fit(place=place, spread=spread)
+def _scores(group: str, pairs: Sequence[Pair], unseen: Sequence[Pair]) -> Scores:
+    own = [pair for pair in pairs if pair.group == group]
+    return Scores(group, len(own), _errors(own), _errors(unseen))
 
 
-def _starts(start: Fit, names: Sequence[str]) -> Floats:
-    """Return the places, [scalars, L], that the search may begin at."""
-    grids = [STARTS[name] for name in SCALARS if name in STARTS and name in names]
-    rows = [row for row, name in enumerate(SCALARS) if name in STARTS and name in names]
-    corners = list(product(*grids))
-    places = np.repeat(start.place[:, None], len(corners), axis=1)
-    for column, corner in enumerate(corners):
-        for row, value in zip(rows, corner, strict=True):
-            places[row, column] = np.log(value)
-    return places
-
-
-def _linearised(
-    samples: Sequence[Sample], measured: Floats, weights: Floats, place: Floats, start: Floats,
-    hold: Floats, free: "np.ndarray[tuple[int], np.dtype[np.intp]]",
-) -> tuple[Floats, Floats, Floats]:  # fmt: skip
-    """Return curvature and slope of the loss over the free scalars, and the predictions there."""
-    low, high = _bounds()
-    probes = np.repeat(place[:, None], 1 + 2 * len(free), axis=1)
-    for number, scalar in enumerate(free):
-        probes[scalar, 1 + 2 * number] = min(place[scalar] + PROBE, high[scalar])
-        probes[scalar, 2 + 2 * number] = max(place[scalar] - PROBE, low[scalar])
-    logs = _logs(samples, probes)
-    widths = probes[free, 1 + 2 * np.arange(len(free))] - probes[free, 2 + 2 * np.arange(len(free))]
-    jacobian = (logs[:, 1::2] - logs[:, 2::2]) / widths
-    errors = logs[:, 0] - measured
-    pull = weights * np.minimum(1, HUBER / np.maximum(np.abs(errors), 1e-9)) / HUBER**2
-    curvature = jacobian.T @ (pull[:, None] * jacobian) + np.diag(hold[free])
-    slope = -jacobian.T @ (pull * errors) - hold[free] * (place - start)[free]
-    return curvature, slope, logs[:, 0]
-
-
-def _logs(samples: Sequence[Sample], places: Floats) -> Floats:
-    """Return ln of the predicted steps in ns, [N, L], for `places` [scalars, L]."""
-    values = {name: _outward(name, places[row]) for row, name in enumerate(SCALARS)}
-    lanes = lanes_of(values)
-    return np.log(np.stack([sample.model.step_ns(lanes) for sample in samples]))
-
-
-def _weights(samples: Sequence[Sample]) -> Floats:
-    counts: dict[str, int] = {}
-    for sample in samples:
-        counts[sample.group] = counts.get(sample.group, 0) + 1
-    weights = np.array([counts[sample.group] ** -0.5 for sample in samples])
-    return np.asarray(weights * (len(weights) / weights.sum()))
+def _errors(pairs: Sequence[Pair]) -> tuple[float, float]:
+    errors = [abs(pair.ratio - 1) for pair in pairs]
+    return float(np.median(errors)), float(np.quantile(errors, 0.9))
 
 
 def _thinned(samples: Sequence[Sample], most: int) -> list[Sample]:
@@ -198,31 +157,3 @@ def _thinned(samples: Sequence[Sample], most: int) -> list[Sample]:
 
 def _spaced(samples: list[Sample], most: int) -> list[Sample]:
     return samples[:: max(1, -(-len(samples) // most))]
-
-
-def _scalars(found: Fit, names: Sequence[str]) -> dict[str, Scalar]:
-    """Return the scalars `names` with a band of 80 %, rounded to four digits."""
-    low, high = _bounds()
-    scalars = {}
-    for row, name in enumerate(SCALARS):
-        if name in names:
-            place, reach = found.place[row], 1.2816 * found.spread[row]
-            band = np.clip((place, place - reach, place + reach), low[row], high[row])
-            scalars[name] = Scalar(*(float(f"{_outward(name, end):.4g}") for end in band))
-    return scalars
-
-
-def _inward(name: str, value: float) -> float:
-    """Return the place where the search holds a scalar: its logarithm, or a part itself."""
-    return value if name == "exposed" else float(np.log(max(value, SMALLEST)))
-
-
-def _outward(name: str, place: Floats) -> Floats:
-    return np.asarray(place if name == "exposed" else np.exp(place))
-
-
-def _bounds() -> tuple[Floats, Floats]:
-    return (
-        np.array([_inward(name, meaning.at_least) for name, meaning in SCALARS.items()]),
-        np.array([_inward(name, meaning.at_most) for name, meaning in SCALARS.items()]),
-    )

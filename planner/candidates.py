@@ -1,11 +1,12 @@
 """The candidates: every layout of the ranks that is legal, and the reason why others are not."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import replace
 from functools import cache
 from math import isqrt
 from typing import NamedTuple
 
-from planner.cost import CostModel, total
+from planner.evaluate import Costs
 from planner.layout import LOCAL_SCHEDULES, Layout
 from planner.orders import MAX_CELLS
 from planner.partition import balanced_stages
@@ -48,51 +49,61 @@ def schedules_of(job: Job) -> tuple[str, ...]:
     return job.search.schedule or (LOCAL_SCHEDULES if job.cluster.is_local else everything)
 
 
-def candidates(job: Job, costs: CostModel) -> tuple[list[Layout], list[Rejection]]:
+def candidates(job: Job, costs: Costs) -> tuple[list[Layout], list[Rejection]]:
     """Return the legal layouts of the job's ranks, and why the others are not.
 
     The axes are dp x tp x pp, the stages of a rank, the schedules and the micro-batches. Schedules
     are named ones: those of `schedules_of`, and all of them where orders are to be synthesised,
     which needs every layout that there is to start from.
     """
-    partition = cache(lambda *key: _partition(costs, *key))
+    # The pipelines of a start differ in their stages, not in what a layer takes.
+    balance_ns = cache(costs.balance_ns)
     layouts: list[Layout] = []
     rejections: list[Rejection] = []
     for degrees in _degrees(job.cluster.num_ranks):
-        if rejection := _rejection(job, degrees):
+        if rejection := _rejection(job, degrees, is_of_executor=costs.is_of_executor):
             rejections.append(rejection)
             continue
         pipelines, refused = _pipelines(job, degrees)
         rejections += refused
         share = job.workload.global_batch // degrees.dp
         for micro_batch in _micro_batches(share, job.search.micro_batch):
+            start = costs.completed(_start(degrees, micro_batch, share // micro_batch))
             for pipeline in pipelines:
-                count = share // micro_batch
-                if rejection := _too_long(degrees, pipeline, micro_batch, count):
+                if rejection := _too_long(start, pipeline):
                     rejections.append(rejection)
                     continue
-                num_stages = degrees.pp * pipeline.stages_per_rank
-                layers = partition(degrees.tp, micro_batch, num_stages)
-                layouts += _layouts(degrees, pipeline, micro_batch, count, layers)
+                layouts += _layouts(costs.model, start, pipeline, balance_ns)
     return layouts, rejections
 
 
+def _start(degrees: _Degrees, micro_batch: int, num_microbatches: int) -> Layout:
+    """Return a layout of `degrees` whose stages are still to be dealt out."""
+    return Layout(
+        dp=degrees.dp,
+        tp=degrees.tp,
+        pp=degrees.pp,
+        micro_batch=micro_batch,
+        num_microbatches=num_microbatches,
+        stage_layers=(0,) * degrees.pp,
+    )
+
+
 def _layouts(
-    degrees: _Degrees,
+    model: ModelSpec,
+    start: Layout,
     pipeline: _Pipeline,
-    micro_batch: int,
-    num_microbatches: int,
-    stage_layers: tuple[int, ...],
+    balance_ns: Callable[[Layout], tuple[int, int, int]],
 ) -> list[Layout]:
-    """Return one layout for each order of the pipeline."""
+    """Return one layout for each order of the pipeline, the slowest stage as fast as it can be."""
+    num_stages = start.pp * pipeline.stages_per_rank
+    layers: tuple[int, ...] = (model.num_layers,)
+    if num_stages > 1:
+        layers = balanced_stages(model.num_layers, num_stages, *balance_ns(start))
     return [
-        Layout(
-            dp=degrees.dp,
-            tp=degrees.tp,
-            pp=degrees.pp,
-            micro_batch=micro_batch,
-            num_microbatches=num_microbatches,
-            stage_layers=stage_layers,
+        replace(
+            start,
+            stage_layers=layers,
             schedule=schedule,
             stages_per_rank=pipeline.stages_per_rank,
         )
@@ -115,7 +126,7 @@ def _divisors(number: int) -> list[int]:
     return sorted({*low, *(number // n for n in low)})
 
 
-def _rejection(job: Job, degrees: _Degrees) -> Rejection | None:
+def _rejection(job: Job, degrees: _Degrees, *, is_of_executor: bool) -> Rejection | None:
     """Return why no layout of these degrees is legal, or None."""
     model, name, (dp, tp, pp) = job.model, str(degrees), degrees
     for axis, value in degrees._asdict().items():
@@ -123,7 +134,7 @@ def _rejection(job: Job, degrees: _Degrees) -> Rejection | None:
         if allowed and value not in allowed:
             reason = f"{axis} is {value}; search.{axis} allows {_options(allowed)}"
             return Rejection(layout=name, rule="search limits", reason=reason)
-    for what, count in _tp_divides(model):
+    for what, count in _tp_divides(model, pads_vocabulary=not is_of_executor):
         if count % tp:
             options = _options(n for n in range(1, count + 1) if count % n == 0)
             reason = (
@@ -139,19 +150,20 @@ def _rejection(job: Job, degrees: _Degrees) -> Rejection | None:
             "dp must divide them"
         )
         return Rejection(layout=name, rule="divisibility", reason=reason)
-    if model.tied_embeddings and (pp > 1 or tp > 1):
+    if model.tied_embeddings and is_of_executor and (pp > 1 or tp > 1):
         reason = "tied embeddings need both ends of the model on one rank; use tp=1 and pp=1"
         return Rejection(layout=name, rule="tied embeddings", reason=reason)
     return None
 
 
-def _tp_divides(model: ModelSpec) -> tuple[tuple[str, int], ...]:
-    return (
+def _tp_divides(model: ModelSpec, *, pads_vocabulary: bool) -> tuple[tuple[str, int], ...]:
+    counts = (
         ("kv heads", model.num_kv_heads),
         ("heads", model.num_heads),
         ("MLP columns", model.ffn),
         ("vocabulary rows", model.vocab),
     )
+    return counts[:-1] if pads_vocabulary else counts
 
 
 def _options(values: Iterable[object]) -> str:
@@ -197,11 +209,10 @@ def _without_pipeline(
     return [], [Rejection(layout=layout, rule="search limits", reason=reason)]
 
 
-def _too_long(
-    degrees: _Degrees, pipeline: _Pipeline, micro_batch: int, num_microbatches: int
-) -> Rejection | None:
+def _too_long(start: Layout, pipeline: _Pipeline) -> Rejection | None:
     """Return why no plan can write out the orders of a pipeline, or None."""
-    num_stages = degrees.pp * pipeline.stages_per_rank
+    num_microbatches = start.num_microbatches
+    num_stages = start.pp * pipeline.stages_per_rank
     if num_stages <= MAX_STAGES and num_stages * num_microbatches <= MAX_CELLS:
         return None
     stages = f",v={pipeline.stages_per_rank}" if pipeline.stages_per_rank > 1 else ""
@@ -210,8 +221,9 @@ def _too_long(
         f"stage does with each, for {MAX_STAGES} stages and {MAX_CELLS} pairs of the two at most; "
         "take a larger micro-batch"
     )
+    degrees = _Degrees(start.dp, start.tp, start.pp)
     return Rejection(
-        layout=f"{degrees}{stages},mb={micro_batch}x{num_microbatches}",
+        layout=f"{degrees}{stages},mb={start.micro_batch}x{num_microbatches}",
         rule="length",
         reason=reason,
     )
@@ -220,16 +232,3 @@ def _too_long(
 def _micro_batches(share: int, allowed: tuple[int, ...]) -> list[int]:
     """Return the micro-batches that divide the sequences of a replica, smallest first."""
     return [n for n in allowed or _divisors(share) if share % n == 0]
-
-
-def _partition(costs: CostModel, tp: int, micro_batch: int, num_stages: int) -> tuple[int, ...]:
-    """Return the layers of each stage, so that the slowest stage is as fast as it can be."""
-    num_layers = costs.model.num_layers
-    if num_stages == 1:
-        return (num_layers,)
-    shape = costs.shape(tp, micro_batch)
-    layer, first, last = (
-        total((work.forward, work.backward)).p50_ns
-        for work in (costs.layer(shape), *costs.edges(shape))
-    )
-    return balanced_stages(num_layers, num_stages, layer, first, last)

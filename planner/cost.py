@@ -19,9 +19,13 @@ from planner.kernels import (
     weight_half,
 )
 from planner.layout import Layout
-from planner.plan import StageCost
+from planner.plan import ProfileReference, StageCost
 from planner.witness import Witness, expected, read_witness
+from profiles.errors import UnsupportedError
+from profiles.files import digest
+from profiles.job import Job
 from profiles.lookup import CostTable
+from profiles.machine import known_gpu
 from profiles.model import ModelSpec
 from profiles.profile import Cost, Profile
 from profiles.stack import StackSpec
@@ -79,7 +83,8 @@ def work_of(parts: Sequence[Work]) -> Work:
 class CostModel:
     """The costs of one model and workload under a software stack, from one profile's table.
 
-    Raises UnsupportedError where a kernel or a collective is needed that nobody has measured.
+    They are those of our own executor. `profile_path` says where the profile is kept. Raises
+    UnsupportedError where a kernel or a collective is needed that nobody has measured.
     """
 
     model: ModelSpec
@@ -87,6 +92,45 @@ class CostModel:
     stack: StackSpec
     table: CostTable
     witness: Witness
+    profile_path: str = ""
+
+    @property
+    def is_of_executor(self) -> bool:
+        """Kernels are measured in our own executor."""
+        return True
+
+    @property
+    def origin(self) -> ProfileReference:
+        """The profile that the costs are from."""
+        profile = self.table.profile
+        return ProfileReference(
+            path=self.profile_path,
+            digest=digest(profile),
+            device=profile.device,
+            versions=profile.versions,
+            measured_at=profile.measured_at,
+            reference_ns=self.table.reference(self.workload.dtype).p50_ns,
+        )
+
+    def completed(self, layout: Layout) -> Layout:
+        """Return `layout` as it is: our executor shards nothing and recomputes nothing."""
+        return layout
+
+    def context_bytes(self, _layout: Layout) -> int:
+        """Return what a rank holds that has done nothing yet, as it was measured."""
+        return self.table.profile.context_bytes
+
+    def balance_ns(self, layout: Layout) -> tuple[int, int, int]:
+        """Return what one micro-batch takes a layer, and the first and the last stage beside theirs.
+
+        How `layout` splits its layers into stages does not matter.
+        """
+        shape = self.shape(layout.tp, layout.micro_batch)
+        layer, first, last = (
+            total((work.forward, work.backward)).p50_ns
+            for work in (self.layer(shape), *self.edges(shape))
+        )
+        return layer, first, last
 
     def shape(self, layout_tp: int, micro_batch: int) -> StageShape:
         """Return the local shapes of one rank."""
@@ -226,9 +270,60 @@ class CostModel:
 
 
 def cost_model(
-    model: ModelSpec, workload: Workload, stack: StackSpec, profile: Profile
+    model: ModelSpec, workload: Workload, stack: StackSpec, profile: Profile, profile_path: str = ""
 ) -> CostModel:
     """Return the cost model of `model` on the machine of `profile`."""
     table = CostTable(profile)
-    witness = read_witness(table, workload.dtype)
-    return CostModel(model=model, workload=workload, stack=stack, table=table, witness=witness)
+    return CostModel(
+        model=model,
+        workload=workload,
+        stack=stack,
+        table=table,
+        witness=read_witness(table, workload.dtype),
+        profile_path=profile_path,
+    )
+
+
+def measured_costs(job: Job, profile: Profile, profile_path: str = "") -> CostModel:
+    """Return the costs of `job` on the machine of `profile`, which is kept at `profile_path`.
+
+    Raises UnsupportedError for a model that they do not cover, and for a profile of other GPUs or
+    of fewer ranks than the job asks for.
+    """
+    _check_supported(job, profile)
+    return cost_model(job.model, job.workload, job.stack, profile, profile_path)
+
+
+def _check_supported(job: Job, profile: Profile) -> None:
+    if not job.model.is_llama_like:
+        raise UnsupportedError(
+            f"model {job.model.name} has {job.model.norm}, {job.model.mlp} and "
+            f"{job.model.positions} positions; the cost model covers LLaMA-like decoders "
+            "(rmsnorm, swiglu, rope, no biases)"
+        )
+    wanted = job.cluster.local_device
+    if not wanted:
+        _check_same_gpu(job, profile)
+    elif profile.device.kind != wanted:
+        raise UnsupportedError(
+            f"the profile measured {profile.device.kind}, the job asks for {wanted}; measure it "
+            f"with `layline profile --device {wanted}`, or set cluster.device"
+        )
+    if profile.device.num_ranks < job.cluster.num_ranks:
+        raise UnsupportedError(
+            f"the profile measured {profile.device.num_ranks} ranks of {profile.device.name}, the "
+            f"job asks for {job.cluster.num_ranks}; profile as many, or set cluster.ranks lower"
+        )
+
+
+def _check_same_gpu(job: Job, profile: Profile) -> None:
+    """Raise UnsupportedError when the profile is known to be of other GPUs than the cluster's."""
+    measured = known_gpu(profile.device.name)
+    for pool in job.cluster.pools:
+        is_other = measured is not None and measured.name != pool.gpu.name
+        if profile.device.kind == "cpu" or is_other:
+            raise UnsupportedError(
+                f"the profile measured {profile.device.name} ({profile.device.kind}), the cluster "
+                f"has {pool.gpu.name}; run `layline profile -o FILE` on one of its nodes and set "
+                "profile to that file"
+            )

@@ -6,12 +6,16 @@ the band of predictions made without their own group, and where a kernel or link
 the band is wider still.
 """
 
-import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from functools import cache
-from importlib import resources
 from typing import NamedTuple
 
+import numpy as np
+
+from profiles.presets import calibrated
+
+FEWEST = 8
+"""Runs that a band takes."""
 WIDER = 1.5
 """How much wider, in logarithms, a band is that rests on extrapolated curves."""
 UNSEEN = "unseen"
@@ -22,6 +26,47 @@ class Band(NamedTuple):
 
     low: float
     high: float
+
+
+class Pair(NamedTuple):
+    """A prediction beside its run: predicted over measured step."""
+
+    group: str
+    stack: str
+    gpu: str
+    ratio: float
+
+
+def conformal_bands(pairs: Sequence[Pair], unseen: Sequence[Pair]) -> dict[str, Band]:
+    """Return the bands by stack and GPU, and the one of what nothing was fitted to.
+
+    `pairs` were predicted by scalars that had seen their group, `unseen` without. A stack on a GPU
+    with less than `FEWEST` runs has none of its own. Among the unseen each group counts alike.
+    """
+    known: dict[str, list[float]] = {}
+    for pair in pairs:
+        known.setdefault(f"{pair.stack} {pair.gpu}", []).append(1 / pair.ratio)
+    bands = {
+        name: Band(*_quantiles(known[name])) for name in sorted(known) if len(known[name]) >= FEWEST
+    }
+    groups: dict[str, list[float]] = {}
+    for pair in unseen:
+        groups.setdefault(pair.group, []).append(1 / pair.ratio)
+    ends = np.array([_quantiles(ratios) for ratios in groups.values() if len(ratios) >= FEWEST])
+    if len(ends):
+        low, high = np.median(ends, axis=0)
+        bands[UNSEEN] = Band(_digits(low), _digits(high))
+    return bands
+
+
+def _quantiles(ratios: Sequence[float]) -> tuple[float, float]:
+    """Return P10 and P90 of measured over predicted; never so that the median lies outside."""
+    low, high = np.quantile(ratios, (0.1, 0.9))
+    return min(1.0, _digits(low)), max(1.0, _digits(high))
+
+
+def _digits(value: float) -> float:
+    return float(f"{value:.4g}")
 
 
 def band_of(stack: str, gpu: str, is_extrapolated: bool) -> Band:
@@ -36,8 +81,5 @@ def band_of(stack: str, gpu: str, is_extrapolated: bool) -> Band:
 
 @cache
 def _bands() -> Mapping[str, Band]:
-    path = resources.files("profiles").joinpath("data", "scalars.json")
-    if not path.is_file():
-        return {}
-    found = json.loads(path.read_text(encoding="utf-8"))["bands"]
+    found = calibrated().get("bands", {})
     return {name: Band(*found[name]) for name in sorted(found)}

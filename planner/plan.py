@@ -16,7 +16,7 @@ from profiles.stack import MemoryLog, StackSpec
 from profiles.workload import Workload
 from simulator.schedule import Schedule, parse_schedule
 
-PLAN_SCHEMA_VERSION = 2
+PLAN_SCHEMA_VERSION = 3
 
 
 class StalePlanError(ValueError):
@@ -27,13 +27,14 @@ class StalePlanError(ValueError):
 class StageCost:
     """Predicted costs of one pipeline stage on one rank.
 
-    `forward` and `backward` are for one micro-batch with their tensor-parallel collectives inside
-    (`tensor_parallel_*_ns` says how much of the median that is); `weight` is the part of `backward`
-    that makes weight gradients, which a schedule may do apart and later; `send_*` move one
-    micro-batch's activations on to the next stage, or its gradient back to the previous one;
-    `all_reduce` is the data-parallel gradient reduction of one step; `optimizer` updates the stage
-    once; `other` is the host work of a rank in one step, whatever stages it holds; `wait` is what
-    passes until the slowest of equal ranks is done.
+    `forward` and `backward` are for one micro-batch with the collectives inside that its layers
+    wait for (`tensor_parallel_*_ns` says how much of the median they are: those of tensor
+    parallelism, and under zero3 those of the parameters); `weight` is the part of `backward` that
+    makes weight gradients, which a schedule may do apart and later; `send_*` move one micro-batch's
+    activations on to the next stage, or its gradient back to the previous one; `all_reduce` is the
+    data-parallel gradient reduction of one step; `optimizer` updates the stage once; `other` is the
+    host work of a rank in one step, whatever stages it holds; `wait` is what passes until the
+    slowest of equal ranks is done.
     """
 
     forward: Cost
@@ -123,7 +124,9 @@ class ProfileReference:
     """Which profile the costs came from, and where it is kept.
 
     `reference_ns` is the time of the profile's reference kernel; a run repeats that kernel to tell
-    how fast the machine is by then.
+    how fast the machine is by then. Where the machine is not at hand the costs come from published
+    measurements: `versions` then has the version of that `reference`, and there is no file and no
+    reference kernel.
     """
 
     path: str
@@ -132,6 +135,11 @@ class ProfileReference:
     versions: Mapping[str, str]
     measured_at: str
     reference_ns: int = 0
+
+    @property
+    def is_reference(self) -> bool:
+        """Whether the costs are of published measurements, and nothing was measured there."""
+        return "reference" in self.versions
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

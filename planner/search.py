@@ -4,25 +4,12 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from planner.candidates import SYNTHESISED, candidates, schedules_of
-from planner.cost import cost_model
-from planner.evaluate import basis_of, evaluate
+from planner.evaluate import Costs, basis_of, evaluate
 from planner.layout import Layout
-from planner.memory import peak_memory
 from planner.orders import order_of
-from planner.plan import (
-    PLAN_SCHEMA_VERSION,
-    Candidate,
-    Plan,
-    ProfileReference,
-    Rejection,
-    seal,
-)
+from planner.plan import PLAN_SCHEMA_VERSION, Candidate, Plan, Rejection, seal
 from planner.refine import NOTHING_REFINED, refine
-from profiles.errors import UnsupportedError
-from profiles.files import digest
 from profiles.job import Job
-from profiles.machine import known_gpu
-from profiles.profile import Profile
 from profiles.quantity import format_quantity
 from simulator.schedule import Schedule
 
@@ -49,17 +36,15 @@ class SearchResult:
         return order_of(layout).whole() if made is None else made
 
 
-def search(job: Job, profile: Profile) -> SearchResult:
-    """Return every layout of the job's ranks, timed or rejected.
+def search(job: Job, costs: Costs) -> SearchResult:
+    """Return every layout of the job's ranks, timed by `costs` or rejected.
 
     First come the layouts with a named schedule; then, where that is asked for, the best of them
     with an order of their own. Ties go to less memory, then to the layout's text. Raises
-    UnsupportedError for a model that the cost model does not cover, and InfeasibleError when
-    nothing fits.
+    InfeasibleError when nothing fits.
     """
-    _check_supported(job, profile)
-    basis, asked = basis_of(job, profile), schedules_of(job)
-    layouts, rejections = candidates(job, basis.costs)
+    basis, asked = basis_of(job, costs), schedules_of(job)
+    layouts, rejections = candidates(job, costs)
     named = evaluate(basis, layouts)
     refined = refine(basis, named, asked, job.seed) if SYNTHESISED in asked else NOTHING_REFINED
     rejections += refined.rejections
@@ -76,13 +61,10 @@ def search(job: Job, profile: Profile) -> SearchResult:
     return SearchResult(ranking=tuple(ranking), rejections=tuple(rejections), orders=refined.orders)
 
 
-def make_plan(
-    job: Job, profile: Profile, profile_path: str, result: SearchResult, chosen: int, version: str
-) -> Plan:
+def make_plan(job: Job, costs: Costs, result: SearchResult, chosen: int, version: str) -> Plan:
     """Return the plan of the `chosen` place of the ranking, sealed."""
     layout = result.ranking[chosen].layout
     schedule = result.schedule(chosen)
-    costs = cost_model(job.model, job.workload, job.stack, profile)
     return seal(
         schema_version=PLAN_SCHEMA_VERSION,
         tool_version=version,
@@ -91,20 +73,11 @@ def make_plan(
         workload=job.workload,
         cluster=job.cluster,
         stack=job.stack,
-        profile=ProfileReference(
-            path=profile_path,
-            digest=digest(profile),
-            device=profile.device,
-            versions=profile.versions,
-            measured_at=profile.measured_at,
-            reference_ns=costs.table.reference(job.workload.dtype).p50_ns,
-        ),
+        profile=costs.origin,
         layout=layout,
         schedule=tuple(str(schedule).splitlines()),
         costs=costs.stages(layout),
-        memory=peak_memory(
-            job.model, job.workload, layout, schedule, job.stack, profile.context_bytes
-        ),
+        memory=basis_of(job, costs).memory(layout, schedule),
         step=result.ranking[chosen].step,
         ranking=result.ranking,
         chosen=chosen,
@@ -122,41 +95,6 @@ def best_of_each_kind(result: SearchResult) -> tuple[int, ...]:
         kind = (layout.dp, layout.tp, layout.pp, layout.stages_per_rank, schedule)
         seen.setdefault(kind, place)
     return tuple(sorted(seen.values()))
-
-
-def _check_supported(job: Job, profile: Profile) -> None:
-    if not job.model.is_llama_like:
-        raise UnsupportedError(
-            f"model {job.model.name} has {job.model.norm}, {job.model.mlp} and "
-            f"{job.model.positions} positions; the cost model covers LLaMA-like decoders "
-            "(rmsnorm, swiglu, rope, no biases)"
-        )
-    wanted = job.cluster.local_device
-    if not wanted:
-        _check_same_gpu(job, profile)
-    elif profile.device.kind != wanted:
-        raise UnsupportedError(
-            f"the profile measured {profile.device.kind}, the job asks for {wanted}; measure it "
-            f"with `layline profile --device {wanted}`, or set cluster.device"
-        )
-    if profile.device.num_ranks < job.cluster.num_ranks:
-        raise UnsupportedError(
-            f"the profile measured {profile.device.num_ranks} ranks of {profile.device.name}, the "
-            f"job asks for {job.cluster.num_ranks}; profile as many, or set cluster.ranks lower"
-        )
-
-
-def _check_same_gpu(job: Job, profile: Profile) -> None:
-    """Raise UnsupportedError when the profile is known to be of other GPUs than the cluster's."""
-    measured = known_gpu(profile.device.name)
-    for pool in job.cluster.pools:
-        is_other = measured is not None and measured.name != pool.gpu.name
-        if profile.device.kind == "cpu" or is_other:
-            raise UnsupportedError(
-                f"the profile measured {profile.device.name} ({profile.device.kind}), the cluster "
-                f"has {pool.gpu.name}; run `layline profile -o FILE` on one of its nodes and set "
-                "profile to that file"
-            )
 
 
 def _out_of_memory(candidate: Candidate, limit_bytes: int) -> Rejection:

@@ -227,9 +227,15 @@ def stack_scalars(name: str) -> Mapping[str, Scalar]:
 
     Empty where nothing was calibrated at all.
     """
-    path = resources.files("profiles").joinpath("data", "scalars.json")
-    if not path.is_file():
+    found = calibrated().get("scalars")
+    if not found:
         return {}
-    found = json.loads(path.read_text(encoding="utf-8"))["scalars"]
     scalars = {**found["shared"], **found.get(name, {})}
     return {key: Scalar(*scalars[key]) for key in sorted(scalars)}
+
+
+@cache
+def calibrated() -> Mapping[str, Any]:
+    """Return what `layline calibrate` found and the package ships; empty before that."""
+    path = resources.files("profiles").joinpath("data", "scalars.json")
+    return json.loads(path.read_text(encoding="utf-8")) if path.is_file() else {}

@@ -35,23 +35,20 @@ SCALARS: Mapping[str, Meaning] = {
     "matmul": Meaning("matrix products in training over the same ones alone", "", 1.0, 0.7, 2.0),
     "attention": Meaning("attention in training over the kernel alone", "", 1.0, 0.5, 3.0),
     "memory": Meaning("memory-bound kernels over the bytes they must move", "", 1.0, 0.5, 4.0),
-    "launch": Meaning("host time of one kernel launch", "us", 5.0, 1.0, 60.0),
+    "launch": Meaning("host time of one call", "us", 15.0, 1.0, 60.0),
     "intra": Meaning("collectives inside a node over the same ones alone", "", 1.0, 0.5, 4.0),
     "inter": Meaning("collectives between nodes over the same ones alone", "", 1.0, 0.5, 6.0),
     "exposed": Meaning("part of overlapped communication that is not hidden", "", 0.1, 0.0, 1.0),
     "step": Meaning("host time of one optimizer step", "ms", 5.0, 0.0, 500.0),
     "message": Meaning("host time of one pipeline message", "us", 100.0, 1.0, 1e6),
     "crossing": Meaning(
-        "host time of a tensor-parallel collective, per member, in a pipeline over nodes",
-        "us",
-        1.0,
-        0.0,
-        1e3,
+        "host time of a tensor-parallel collective, per member, where the host moves the network's",
+        "us", 1.0, 0.0, 1e3,
     ),
     "spanning": Meaning(
         "host time of a tensor-parallel collective over nodes, per member", "us", 1.0, 0.0, 1e3
     ),
-}
+}  # fmt: skip
 """The scalars of all stacks, of which each calibrates at most eight (docs/models.md)."""
 
 USUAL_SCALARS = ("matmul", "attention", "memory", "launch", "intra", "inter", "exposed", "step")

@@ -2,6 +2,8 @@
 
 from collections.abc import Sequence
 
+from planner.plan import Plan
+from planner.waterfall import Waterfall
 from profiles.quantity import format_quantity
 
 KIND_NAMES = {
@@ -21,6 +23,19 @@ KIND_NAMES = {
     "idle": "idle",
 }
 """What a time is spent on, in the order of every table and legend; `idle` is no span kind."""
+
+PART_NAMES = {
+    "peak": "arithmetic at peak rate",
+    "recompute": "recomputation, at that rate",
+    "kernels": "kernels below the peak rate",
+    "work": "forward and backward",
+    "exchange": "exchange inside the layers",
+    "pipeline": "pipeline, idle and messages",
+    "reduction": "gradient reduction",
+    "optimizer": "optimizer",
+    "host": "host and wait",
+}
+"""What the parts of a `planner.waterfall.Waterfall` are called."""
 
 
 def duration(time_ns: float) -> str:
@@ -86,3 +101,29 @@ def joined(words: list[str]) -> str:
     ('a', 'a, b and c')
     """
     return " and ".join(filter(None, [", ".join(words[:-1]), *words[-1:]]))
+
+
+def origin_text(plan: Plan) -> str:
+    """Return where the costs of `plan` come from, in a few words."""
+    profile = plan.profile
+    if not profile.is_reference:
+        return f"profile of {profile.measured_at}"
+    return (
+        f"stack {plan.stack.name}, from reference profiles of {profile.measured_at}, nothing was "
+        "measured there"
+    )
+
+
+def utilization_text(plan: Plan, found: Waterfall) -> str:
+    """Return MFU and HFU as a sentence with their formula, or why there is neither."""
+    gpu, dtype = plan.cluster.pools[0].gpu, plan.workload.dtype
+    if found.mfu is None or found.hfu is None:
+        return (
+            f"No peak rate of {gpu.name} in {dtype} is known: the parts begin at the work itself, "
+            "and there is no MFU."
+        )
+    peak = format_quantity(gpu.peak_flops_per_s[dtype], "flop/s")
+    return (
+        f"MFU {100 * found.mfu:.1f} %, HFU {100 * found.hfu:.1f} %: flops of the model (HFU: and of "
+        f"what is recomputed) / (step x {count(plan.layout.num_ranks)} ranks x {peak} dense {dtype})."
+    )

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from planner.flops import peak_flops_per_s, step_flops
 from planner.layout import Layout
 from planner.plan import PeakMemory
-from planner.predict import Prediction
+from planner.predict import Prediction, likeliest
 from planner.published.metric import Measured
 from planner.published.runs import PublishedRun, UnreadRun
 from planner.setup import Setup
@@ -160,8 +160,9 @@ def test_the_recompute_mode_that_was_assumed_is_said() -> None:
              for mode in ("none", "selective", "full")]  # fmt: skip
     outcome = score(replace(run, setups=tuple(modes)), predicting(lambda _: 1e9))
     assert isinstance(outcome, Scored)
-    assert outcome.setup == modes[0]
-    assert row_json(outcome)["reason"] == "recompute not stated: none assumed"
+    assert outcome.setup == likeliest(modes)
+    mode = outcome.setup.layout.recompute
+    assert row_json(outcome)["reason"] == f"recompute not stated: {mode} assumed"
 
 
 @pytest.mark.parametrize("error", [UnsupportedError("no such thing"), ZeroDivisionError("x")])

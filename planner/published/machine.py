@@ -231,8 +231,6 @@ _BETWEEN_GB_PER_S = {2: 191.0, 4: 150.0, 8: 97.0, 16: 58.0}
 """Bus bandwidth of an all-gather over so many nodes of 8 H100 on EFA that lies between two kinds of
 jobs of the HF sweep: medians 222, 228, 175 and 125 GB/s of one, 164, 99, 54 and 27 of the other.
 """
-_HOST_SHARE = 0.4
-"""What is left of the wire's rate to jobs of the slower kind."""
 
 
 def as_logged(machine: Machine, notes: str) -> Machine:
@@ -248,10 +246,6 @@ def as_logged(machine: Machine, notes: str) -> Machine:
     between = _BETWEEN_GB_PER_S[min(_BETWEEN_GB_PER_S, key=lambda nodes: abs(nodes - num_nodes))]
     if float(found[1]) >= between:
         return machine
-    slower = replace(
-        cluster.inter_node,
-        uses_host=True,
-        bytes_per_s=_HOST_SHARE * cluster.inter_node.bytes_per_s,
-    )
+    slower = replace(cluster.inter_node, uses_host=True)
     remark = f"all-gathers logged at {found[1]} GB/s: the host moves what crosses nodes"
     return Machine(replace(cluster, inter_node=slower), (*machine.remarks, remark))

@@ -5,11 +5,13 @@ those of docs/validation.md; where a cell is empty, the usual is assumed and sai
 """
 
 import csv
+import gzip
 import io
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import cache, lru_cache
+from importlib import resources
 from itertools import islice
 from pathlib import Path
 
@@ -75,8 +77,23 @@ def load_runs(path: Path) -> tuple[PublishedRun | UnreadRun, ...]:
 
     Raises InvalidInputError for a file that cannot be read or lacks a needed column.
     """
+    return _parsed(_bytes(path), str(path))
+
+
+@cache
+def development_runs() -> tuple[PublishedRun | UnreadRun, ...]:
+    """Return the runs that the scalars of the stacks were calibrated on, shipped with the package.
+
+    >>> len(development_runs())
+    3942
+    """
+    packed = resources.files("profiles").joinpath("data", "published_runs.csv.gz").read_bytes()
+    return _parsed(gzip.decompress(packed), "the development set")
+
+
+def _parsed(data: bytes, name: str) -> tuple[PublishedRun | UnreadRun, ...]:
     runs, seen = list[PublishedRun | UnreadRun](), set[str]()
-    for number, cells in _rows(path):
+    for number, cells in _rows(data, name):
         run = read_run(cells, number)
         if run.id in seen and isinstance(run, PublishedRun):
             run = replace(run, remarks=(*run.remarks, "id stands in the file before"))
@@ -237,9 +254,9 @@ def _memory_log(notes: str, stack: StackSpec) -> MemoryLog:
     return stack.logs_memory
 
 
-def _rows(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
+def _rows(data: bytes, path: str) -> Iterator[tuple[int, dict[str, str]]]:
     """Yield the line number and the cells by column of each row that is not empty."""
-    records = _records(path)
+    records = _records(data, path)
     header = [name.strip().lower() for name in records[0][1]] if records else []
     missing = [name for name in NEEDED_COLUMNS if name not in header]
     twice = sorted({name for name in header if name and header.count(name) > 1})
@@ -263,10 +280,10 @@ def _rows(path: Path) -> Iterator[tuple[int, dict[str, str]]]:
         yield number, cells
 
 
-def _records(path: Path) -> list[tuple[int, list[str]]]:
+def _records(data: bytes, path: str) -> list[tuple[int, list[str]]]:
     """Return the line number and the cells of every record of a CSV file."""
     # A stray byte in a note must not cost the file: what matters is ASCII.
-    text = _bytes(path).decode("utf-8-sig", errors="replace")
+    text = data.decode("utf-8-sig", errors="replace")
     usual = csv.field_size_limit(MAX_FILE_BYTES)
     reader = csv.reader(io.StringIO(text, newline=""))
     try:

@@ -15,7 +15,9 @@ from profiles.workload import DType
 SEQUENCE_PARALLEL_STACKS = frozenset({"megatron-2023", "nemo", "nanotron", "torchtitan"})
 """Stacks that shard what lies between tensor-parallel blocks unless a run says otherwise."""
 
-PADDED_STACKS = frozenset({"megatron-2021", "megatron-2023", "megatron-deepspeed", "nemo"})
+PADDED_STACKS = frozenset(
+    {"megatron-2021", "megatron-2023", "megatron-deepspeed-2022", "megatron-deepspeed", "nemo"}
+)
 """Stacks that pad the vocabulary to a multiple of 128 a tensor-parallel rank."""
 
 _HOPPER_OR_LATER = re.compile(r"h[12]00|g?b[23]00")
@@ -210,12 +212,13 @@ def read_framework(text: str, date: str, *, cuts_layers: bool, sharding: str) ->
     >>> read_framework("InternEvo", "2024", cuts_layers=False, sharding="zero3").remark
     'framework "InternEvo" is taken as fsdp, the nearest'
     """
-    words = text.lower()
+    words, year = text.lower(), re.search(r"20[0-9]{2}", date)
     for pattern, name, is_it in _STACKS:
         if _names(pattern, words):
+            if name == "megatron-deepspeed" and year is not None and year[0] < "2023":
+                name = "megatron-deepspeed-2022"
             return StackName(name, "" if is_it else _nearest(text, name))
     if "megatron" in words:
-        year = re.search(r"20[0-9]{2}", date)
         if year is None:
             return StackName("megatron-2023", "date of Megatron-LM not stated: 2023 or later")
         return StackName("megatron-2021" if year[0] < "2023" else "megatron-2023")

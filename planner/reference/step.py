@@ -121,13 +121,12 @@ class StepModel:
     def _tensor_call_ns(self, lanes: Lanes) -> Floats:
         """Return what a tensor-parallel collective costs the host, beside its launch.
 
-        Members that are not in one node post it one by one, and where the host's cores also move
-        the bytes of the network, every collective of the job waits for them.
+        It grows with the members where they are not in one node; and where the host's cores also
+        move the bytes of the network, every collective of the job waits for them.
         """
         tp = self.layout.tp
-        if self.uses_host:
-            return tp * lanes.crossing
-        return tp * lanes.spanning * (tp > self.places.node_ranks)
+        each = lanes.crossing * self.uses_host + lanes.spanning * (tp > self.places.node_ranks)
+        return np.asarray(tp * each)
 
     def _stage(
         self, parts: dict[str, Duration], lanes: Lanes, num_layers: int, is_first: bool,

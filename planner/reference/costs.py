@@ -1,0 +1,221 @@
+"""What layouts take on a cluster that is not at hand: the costs of the search, from the step model.
+
+The stages of a plan hold what `planner.reference.step` says of them, each with the band in which
+published runs lay around such predictions.
+"""
+
+import tomllib
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from functools import cache, cached_property
+from importlib import resources
+from typing import Any, final
+
+from planner.cost import NOTHING
+from planner.interval import Band, band_of
+from planner.layout import Layout
+from planner.memory import context_bytes
+from planner.plan import ProfileReference, StageCost
+from planner.published.words import SEQUENCE_PARALLEL_STACKS
+from planner.reference.program import Lanes, lanes_of
+from planner.reference.step import StageNs, StepModel
+from profiles.cluster import ClusterSpec, GpuSpec
+from profiles.errors import UnsupportedError
+from profiles.files import digest
+from profiles.job import Job
+from profiles.model import ModelSpec
+from profiles.presets import gpu_presets
+from profiles.profile import Cost, DeviceFacts
+from profiles.stack import SCALARS, StackSpec
+from profiles.workload import Workload
+
+MEASUREMENTS = ("kernels.toml", "collectives.toml")
+FITTED = "scalars.json"
+REAL, ALONE = range(2)
+"""Lanes: a stage as it is, and without what its ranks exchange inside its layers."""
+EXCHANGES = frozenset({"intra", "inter", "crossing", "spanning"})
+"""The scalars of what such an exchange takes device and host."""
+
+
+@final
+@dataclass(frozen=True, kw_only=True)
+class ReferenceCosts:
+    """The costs of one model and workload on `cluster`, under any stack of the field."""
+
+    model: ModelSpec
+    workload: Workload
+    stack: StackSpec
+    cluster: ClusterSpec
+
+    @property
+    def is_of_executor(self) -> bool:
+        """Any stack may run it; plans for other clusters are not run here."""
+        return False
+
+    @property
+    def gpu(self) -> GpuSpec:
+        """The GPU of every rank."""
+        return self.cluster.pools[0].gpu
+
+    @property
+    def origin(self) -> ProfileReference:
+        """The published measurements, as a profile of a cluster on which nothing was measured."""
+        whole, newest = reference_data()
+        return ProfileReference(
+            path="",
+            digest=whole,
+            device=DeviceFacts(
+                kind="cuda",
+                name=self.gpu.name,
+                backend="nccl",
+                num_ranks=self.cluster.num_ranks,
+                memory_bytes=self.gpu.memory_bytes,
+                driver="",
+            ),
+            versions={"reference": whole[:12]},
+            measured_at=newest,
+        )
+
+    def completed(self, layout: Layout) -> Layout:
+        """Return `layout` as the stack runs it unless it is told otherwise."""
+        return replace(
+            layout,
+            sharding=self.stack.sharding if layout.replicas > 1 else "none",
+            recompute=self.stack.recompute,
+            sequence_parallel=layout.tp > 1 and self.stack.name in SEQUENCE_PARALLEL_STACKS,
+        )
+
+    def context_bytes(self, layout: Layout) -> int:
+        """Return what a process holds on its GPU outside of the framework's allocator."""
+        return context_bytes(layout)
+
+    def balance_ns(self, layout: Layout) -> tuple[int, int, int]:
+        """Return what one micro-batch takes a layer, and the first and the last stage beside theirs.
+
+        Read off stages of one layer and one of two, so that what a stage takes in any case counts
+        for no layer.
+        """
+        probe = replace(
+            layout, stages_per_rank=2, stage_layers=(1, 1, 2, *[1] * (2 * layout.pp - 3))
+        )
+        stages = self._step(probe).stages(self._lanes)
+        first, one, two, *_, last = (
+            round(float(stage.forward[REAL] + stage.backward[REAL])) for stage in stages
+        )
+        return two - one, first - one, last - one
+
+    def stages(self, layout: Layout) -> tuple[StageCost, ...]:
+        """Return what every stage of `layout` takes; those that are alike are one object."""
+        step = self._step(layout)
+        is_extrapolated = step.is_extrapolated
+        spread = _Spread(band_of(self.stack.name, self.gpu.name, is_extrapolated), is_extrapolated)
+        send_ns = float(step.send_ns(self._lanes)[REAL]) if layout.num_stages > 1 else 0.0
+        found = step.stages(self._lanes)
+        alike = {
+            id(stage): self._stage_cost(
+                stage, spread, send_ns, stage is found[0], stage is found[-1]
+            )
+            for stage in found
+        }
+        return tuple(alike[id(stage)] for stage in found)
+
+    def _stage_cost(
+        self, stage: StageNs, spread: "_Spread", send_ns: float, is_first: bool, is_last: bool
+    ) -> StageCost:
+        ns = {name: float(getattr(stage, name)[REAL]) for name in StageNs._fields}
+        forward, backward = (
+            round(ns[name] - float(getattr(stage, name)[ALONE])) for name in ("forward", "backward")
+        )
+        return StageCost(
+            forward=spread(ns["forward"]),
+            backward=spread(ns["backward"]),
+            weight=spread(min(ns["weight"], ns["backward"])),
+            send_forward=spread(0.0 if is_last else send_ns),
+            send_backward=spread(0.0 if is_first else send_ns),
+            all_reduce=spread(ns["reduction"]),
+            optimizer=spread(ns["optimizer"]),
+            other=spread(float(self._lanes.step[REAL])),
+            wait=NOTHING,
+            tensor_parallel_forward_ns=forward,
+            tensor_parallel_backward_ns=backward,
+        )
+
+    def _step(self, layout: Layout) -> StepModel:
+        return StepModel(self.model, self.workload, layout, self.cluster, self.stack)
+
+    @cached_property
+    def _lanes(self) -> Lanes:
+        values = {name: self.stack.scalar(name) for name in SCALARS}
+        return lanes_of(
+            {name: (value, 0.0 if name in EXCHANGES else value) for name, value in values.items()}
+        )
+
+
+@dataclass(frozen=True, slots=True)
+class _Spread:
+    """Makes a cost of a time: `band` is the same share of each, and so of their sum."""
+
+    band: Band
+    is_extrapolated: bool
+
+    def __call__(self, ns: float) -> Cost:
+        if round(ns) <= 0:
+            return NOTHING
+        return Cost(
+            p10_ns=round(self.band.low * ns),
+            p50_ns=round(ns),
+            p90_ns=round(self.band.high * ns),
+            is_extrapolated=self.is_extrapolated,
+        )
+
+
+def reference_costs(job: Job) -> ReferenceCosts:
+    """Return the costs of `job` on its cluster, of which nothing was measured.
+
+    Raises UnsupportedError for GPUs that nobody published measurements of, and for pools of
+    several kinds.
+    """
+    cluster, dtype = job.cluster, job.workload.dtype
+    fix = "run `layline profile -o FILE` on one of its nodes and set profile to that file"
+    if len(cluster.pools) > 1:
+        raise UnsupportedError(
+            f"cluster {cluster.name} has {len(cluster.pools)} pools; without a profile equal nodes "
+            f"are planned for: name one pool, or {fix}"
+        )
+    gpu = cluster.pools[0].gpu
+    if gpu.name not in gpu_presets():
+        raise UnsupportedError(
+            f"cluster {cluster.name} has the GPU {gpu.name}, of which no measurements are known; "
+            f"there are of {', '.join(gpu_presets())}: name one that it stands for, or {fix}"
+        )
+    if dtype not in gpu.peak_flops_per_s:
+        raise UnsupportedError(
+            f"workload.dtype is {dtype}; {gpu.name} has {', '.join(sorted(gpu.peak_flops_per_s))}"
+        )
+    return ReferenceCosts(model=job.model, workload=job.workload, stack=job.stack, cluster=cluster)
+
+
+@cache
+def reference_data() -> tuple[str, str]:
+    """Return the digest of all that reference costs rest on, and the date of its newest source.
+
+    >>> len(reference_data()[0]), reference_data()[1] > "2026-01-01"
+    (64, True)
+    """
+    folder = resources.files("profiles").joinpath("data")
+    texts = {name: folder.joinpath(name).read_text(encoding="utf-8") for name in MEASUREMENTS}
+    newest = max(date for text in texts.values() for date in _dates(tomllib.loads(text)))
+    if (fitted := folder.joinpath(FITTED)).is_file():
+        texts[FITTED] = fitted.read_text(encoding="utf-8")
+    return digest(texts), newest
+
+
+def _dates(table: Any) -> Iterator[str]:
+    """Yield every `date` in `table`, however deep."""
+    if isinstance(table, dict):
+        if "date" in table:
+            yield table["date"]
+        table = list(table.values())
+    if isinstance(table, list):
+        for value in table:
+            yield from _dates(value)
