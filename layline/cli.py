@@ -97,7 +97,7 @@ def plan(
 
     _spare([job], output)
     seeded = overrides if seed is None else (*overrides, f"seed={seed}")
-    with progress_bar("measuring this machine once") as progress:
+    with progress_bar("plan") as progress:
         best = plan_job(job, seeded, progress)
     if output is not None:
         save_plan(best, output)
@@ -111,7 +111,7 @@ def plan(
 @click.option("--trace", type=FILE, help="Write a Perfetto trace (FILE.json.gz).")
 @as_json
 def simulate(plan: Path, trace: Path | None, as_json: bool) -> None:
-    """Time one plan: busy and idle time by cause, memory, critical path, and a trace."""
+    """Time one plan: where the step goes, idle time by cause, memory, critical path, a trace."""
     from layline.step import predicted_step, step_json, step_text, step_trace
     from layline.walk import load_plan
     from profiles.files import write_bytes

@@ -34,8 +34,8 @@ _BUSY: tuple[Kind, ...] = ("forward", "backward", "all_reduce", "optimizer", "ot
 class PredictedStep:
     """The median step of a plan: when everything happens, and what explains its length.
 
-    `uses` are of all streams, `waterfall` sums them up, `critical` is the chain of ops that sets the
-    length, `memory` what is alive on each pipeline rank over time.
+    `uses` are of all streams, `waterfall` says what they come to, `critical` is the chain of ops
+    that sets the length, `memory` what is alive on each pipeline rank over time.
     """
 
     plan: Plan

@@ -121,7 +121,7 @@ class CostModel:
         return self.table.profile.context_bytes
 
     def balance_ns(self, layout: Layout) -> tuple[int, int, int]:
-        """Return what one micro-batch takes a layer, and the first and the last stage beside theirs.
+        """Return what a micro-batch takes a layer, and the first and the last stage beside theirs.
 
         How `layout` splits its layers into stages does not matter.
         """

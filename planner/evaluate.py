@@ -53,7 +53,7 @@ class Costs(Protocol):
         """Return `layout` with what no search decides, but the stack: sharding, recomputation."""
 
     def balance_ns(self, layout: Layout) -> tuple[int, int, int]:
-        """Return what one micro-batch takes a layer, and the first and the last stage beside theirs.
+        """Return what a micro-batch takes a layer, and the first and the last stage beside theirs.
 
         How `layout` splits its layers into stages does not matter.
         """

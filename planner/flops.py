@@ -9,9 +9,10 @@ def step_flops(setup: Setup, *, causal: bool, recomputed: bool) -> float:
     Three times the forward (itself and both halves of the backward): 2 for each matrix parameter a
     token meets, LM head in, embedding out, and 4 s a of attention, where s is the sequence length
     and a the width of all heads; half of that where only what is `causal` counts. `recomputed`
-    adds what the backward computes again: the attention, or all of the layers. With ffn = 4 h this
-    is 96 B s L h^2 (1 + s / 6h + V / 16Lh) of Megatron-LM (arXiv:2104.04473), which counts all of
-    the attention, and recomputes all layers.
+    adds what the backward computes again: all of the layers, or an unfused attention (a fused one
+    always makes its scores again, as part of its own backward). With ffn = 4 h this is
+    96 B s L h^2 (1 + s / 6h + V / 16Lh) of Megatron-LM (arXiv:2104.04473), which counts all of the
+    attention, and recomputes all layers.
     """
     model, layout = setup.model, setup.layout
     head = 2.0 * model.vocab * model.hidden
@@ -19,8 +20,10 @@ def step_flops(setup: Setup, *, causal: bool, recomputed: bool) -> float:
     width = model.num_layers * model.num_heads * model.head_size
     attention = (2.0 if causal else 4.0) * setup.workload.seq_len * width
     flops = 3 * (layers + attention + head)
-    if recomputed:
-        flops += {"none": 0.0, "selective": attention, "full": layers + attention}[layout.recompute]
+    if recomputed and layout.recompute == "full":
+        flops += layers + attention
+    elif recomputed and layout.recompute == "selective" and setup.stack.attention == "unfused":
+        flops += attention
     return flops * setup.workload.tokens_per_step
 
 

@@ -6,6 +6,7 @@ the band of predictions made without their own group, and where a kernel or link
 the band is wider still.
 """
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from functools import cache
 from typing import NamedTuple
@@ -43,26 +44,33 @@ def conformal_bands(pairs: Sequence[Pair], unseen: Sequence[Pair]) -> dict[str, 
     `pairs` were predicted by scalars that had seen their group, `unseen` without. A stack on a GPU
     with less than `FEWEST` runs has none of its own. Among the unseen each group counts alike.
     """
-    known: dict[str, list[float]] = {}
+    known: dict[str, list[Pair]] = {}
     for pair in pairs:
-        known.setdefault(f"{pair.stack} {pair.gpu}", []).append(1 / pair.ratio)
-    bands = {
-        name: Band(*_quantiles(known[name])) for name in sorted(known) if len(known[name]) >= FEWEST
-    }
-    groups: dict[str, list[float]] = {}
+        known.setdefault(f"{pair.stack} {pair.gpu}", []).append(pair)
+    bands = {name: _band(found) for name, found in sorted(known.items()) if len(found) >= FEWEST}
+    groups: dict[str, list[Pair]] = {}
     for pair in unseen:
-        groups.setdefault(pair.group, []).append(1 / pair.ratio)
-    ends = np.array([_quantiles(ratios) for ratios in groups.values() if len(ratios) >= FEWEST])
-    if len(ends):
+        groups.setdefault(pair.group, []).append(pair)
+    ends = [_band(found) for found in groups.values() if len(found) >= FEWEST]
+    if ends:
         low, high = np.median(ends, axis=0)
         bands[UNSEEN] = Band(_digits(low), _digits(high))
     return bands
 
 
-def _quantiles(ratios: Sequence[float]) -> tuple[float, float]:
-    """Return P10 and P90 of measured over predicted; never so that the median lies outside."""
-    low, high = np.quantile(ratios, (0.1, 0.9))
-    return min(1.0, _digits(low)), max(1.0, _digits(high))
+def _band(pairs: Sequence[Pair]) -> Band:
+    """Return P10 and P90 of measured over predicted, never so that the median lies outside.
+
+    A group weighs the square root of its runs, as in the fits.
+    """
+    counts = Counter(pair.group for pair in pairs)
+    ratios = np.array([1 / pair.ratio for pair in pairs])
+    weights = np.array([counts[pair.group] ** -0.5 for pair in pairs])
+    order = np.argsort(ratios, kind="stable")
+    middle = np.cumsum(weights[order]) - weights[order] / 2
+    places = middle / weights.sum()
+    low, high = (ratios[order][int(np.argmin(np.abs(places - level)))] for level in (0.1, 0.9))
+    return Band(min(1.0, _digits(low)), max(1.0, _digits(high)))
 
 
 def _digits(value: float) -> float:

@@ -41,7 +41,7 @@ class Utilization(NamedTuple):
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Waterfall:
-    """The parts of a step by name, in ns and in their order; `mfu` and `hfu` None without a peak."""
+    """The parts of a step by name, in ns and in order; `mfu` and `hfu` are None without a peak."""
 
     parts_ns: Mapping[str, int]
     mfu: float | None

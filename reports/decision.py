@@ -1,11 +1,12 @@
 """The sections about the plan: what was decided, against what, and why not the others."""
 
 from planner.plan import Plan, Rejection
+from planner.waterfall import utilization
 from profiles.quantity import format_quantity
 from reports.document import Block, Drawing, Section, Table, Text
 from reports.figures import IntervalRow, intervals
 from reports.views import RunView, Study, View
-from reports.words import change, count, duration, joined, size
+from reports.words import change, count, duration, joined, origin_text, size
 
 _MAX_RANKED = 12
 _COMPARED = "Which layouts were compared?"
@@ -104,10 +105,14 @@ def _headline(view: View) -> Table:
 
 
 def _confidence(view: View) -> str:
-    """Return what the numbers rest on: costs measured here, or extrapolated, and a run or none."""
+    """Return what the numbers rest on: costs measured or published, and how far these reach."""
     plan = view.plan
     device = plan.profile.device.name
-    if plan.step.is_extrapolated:
+    if plan.profile.is_reference:
+        text = f"Confidence: reference. The costs are those of {origin_text(plan)}."
+        if plan.step.is_extrapolated:
+            text += f" Much of a layer lies beyond what was published of {device}: extrapolated."
+    elif plan.step.is_extrapolated:
         parts = {
             name.replace("_", " ").replace("all reduce", "all-reduce"): None
             for cost in plan.costs
@@ -123,16 +128,13 @@ def _confidence(view: View) -> str:
 
 def _mfu(plan: Plan) -> str:
     """Return the predicted model flops utilisation as a sentence, empty where no peak is known."""
-    peaks = [pool.gpu.peak_flops_per_s.get(plan.workload.dtype, 0.0) for pool in plan.cluster.pools]
-    if min(peaks) <= 0:
+    if (used := utilization(plan, plan.step.p50_ns)) is None:
         return ""
-    flops = plan.model.train_flops_per_token(plan.workload.seq_len) * plan.workload.tokens_per_step
-    rate = flops * 1e9 / max(plan.step.p50_ns, 1)
-    num_ranks, gpu = plan.layout.num_ranks, plan.cluster.pools[0].gpu.name
-    share = 100 * rate / (min(peaks) * num_ranks)
+    num_ranks, gpu = plan.layout.num_ranks, plan.cluster.pools[0].gpu
+    rate = used.mfu * num_ranks * gpu.peak_flops_per_s[plan.workload.dtype]
     return (
-        f"The model should do {format_quantity(rate, 'flop/s')}, {share:.1f} % of the peak of "
-        f"{count(num_ranks)} x {gpu} in {plan.workload.dtype}."
+        f"The model should do {format_quantity(rate, 'flop/s')}, {100 * used.mfu:.1f} % of the "
+        f"peak of {count(num_ranks)} x {gpu.name} in {plan.workload.dtype}."
     )
 
 

@@ -2,12 +2,16 @@
 
 from collections.abc import Sequence
 
+from planner.lower import simulation_of
+from planner.plan import Plan
+from planner.waterfall import waterfall
 from reports.compare import Comparison, exposed_ns
 from reports.decision import band, memory_limit, tokens_per_s
 from reports.document import Block, Drawing, Section, Table, Text
 from reports.figures import (
     MAX_ROWS,
     IntervalRow,
+    cascade,
     intervals,
     kind_bars,
     memory_bars,
@@ -27,7 +31,9 @@ from reports.words import (
     signed_duration,
     size,
     stages_text,
+    utilization_text,
 )
+from simulator.idle import stream_uses
 
 
 def heading(study: Study, view: View) -> list[Block]:
@@ -53,6 +59,7 @@ def step(study: Study, prefix: str) -> Section:
         )
         blocks += heading(study, view)
         blocks.append(Drawing(svg=drawing, caption=_gantt_caption(view)))
+        blocks += _parts(f"{prefix}parts{number}", view.plan)
         if isinstance(view, RunView):
             comparison = view.comparison()
             blocks += _kinds_measured(comparison)
@@ -64,6 +71,19 @@ def step(study: Study, prefix: str) -> Section:
         else:
             blocks += _kinds_predicted(view)
     return Section(question="Where does a step go?", anchor=f"{prefix}step", blocks=tuple(blocks))
+
+
+def _parts(name: str, plan: Plan) -> list[Block]:
+    """Return what the predicted step goes to, and the shares of the peak that follow from it."""
+    found = waterfall(plan, stream_uses(simulation_of(plan)))
+    caption = (
+        "What the predicted step goes to, from what the model's arithmetic would take at the peak "
+        "rate down to the whole step; the mean over the pipeline's ranks."
+    )
+    return [
+        Drawing(svg=cascade(name, found), caption=caption),
+        Text(text=utilization_text(plan, found), role="note"),
+    ]
 
 
 def _gantt_caption(view: View) -> str:

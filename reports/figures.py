@@ -10,8 +10,9 @@ from matplotlib.axes import Axes
 from matplotlib.ticker import FuncFormatter, LogLocator, MaxNLocator, NullFormatter
 
 from planner.layout import Layout
-from planner.plan import Plan
+from planner.plan import PeakMemory, Plan
 from planner.record import RunRecord
+from planner.waterfall import Waterfall
 from reports.compare import Comparison
 from reports.svg import (
     BAND,
@@ -22,6 +23,7 @@ from reports.svg import (
     MEASURED,
     MEMORY_COLOURS,
     PAPER,
+    PART_COLOURS,
     PREDICTED,
     RULE,
     WIDTH,
@@ -31,11 +33,12 @@ from reports.svg import (
     panel,
     time_unit,
 )
-from reports.words import KIND_NAMES, size, stages_text
+from reports.words import KIND_NAMES, PART_NAMES, duration, size, stages_text
 
 MAX_ROWS = 16
 """Above this many ranks a figure shows one of the equal ranks of each place in the pipeline."""
 _ROW, _RIGHT, _LONGEST_LABEL = 26, 18, 56
+_TOLD = 132
 
 
 def shown_ranks(layout: Layout) -> tuple[int, ...]:
@@ -111,11 +114,18 @@ def memory_rows(plan: Plan, record: RunRecord | None) -> tuple[MemoryRow, ...]:
     return tuple(
         MemoryRow(
             label=label,
-            parts=tuple((part, getattr(plan.memory[place], part)) for part in MEMORY_COLOURS),
+            parts=_held_at_peak(plan.memory[place]),
             measured_bytes=peak,
         )
         for label, place, peak in places
     )
+
+
+def _held_at_peak(memory: PeakMemory) -> tuple[tuple[str, int], ...]:
+    """Return what makes up the peak: in the forwards and backwards, or in the update of weights."""
+    is_in_update = memory.update > memory.activations + memory.temporary
+    gone = ("activations", "temporary") if is_in_update else ("update",)
+    return tuple((part, 0 if part in gone else getattr(memory, part)) for part in MEMORY_COLOURS)
 
 
 def _most_bytes(rows: Sequence[MemoryRow]) -> int:
@@ -139,10 +149,12 @@ def memory_bars(name: str, rows: Sequence[MemoryRow], limit_bytes: int) -> str:
     left = 20 + 6 * max(10, *(len(row.label) for row in rows))
     sheet = Sheet(name, "Memory per rank", top + height + 44)
     with sheet as figure:
-        entries = [*MEMORY_COLOURS.items(), *([("measured peak", INK)] if has_measured else [])]
+        used = {part for row in rows for part, part_bytes in row.parts if part_bytes}
+        colours = {part: colour for part, colour in MEMORY_COLOURS.items() if part in used}
+        entries = [*colours.items(), *([("measured peak", INK)] if has_measured else [])]
         legend(figure, entries, left=left)
         axes = panel(figure, left=left, top=top, width=WIDTH - left - _RIGHT, height=height)
-        for part, colour in MEMORY_COLOURS.items():
+        for part, colour in colours.items():
             boxes = []
             for y, row in enumerate(rows):
                 names = [part_name for part_name, _ in row.parts]
@@ -165,6 +177,31 @@ def memory_bars(name: str, rows: Sequence[MemoryRow], limit_bytes: int) -> str:
                           xycoords=("data", "axes fraction"), xytext=(0, 4), ha="right",
                           textcoords="offset points", fontsize=10.5, color=LIMIT)  # fmt: skip
         axes.set_xlabel(f"memory [{unit}]")
+    return sheet.svg
+
+
+def cascade(name: str, found: Waterfall) -> str:
+    """Return the parts of a step from the top down, each bar where the one above it ends."""
+    total_ns = found.step_ns
+    unit_ns, unit = time_unit(total_ns)
+    parts = list(found.parts_ns.items())
+    left, top, height = 20 + round(5.8 * max(map(len, PART_NAMES.values()))), 8, _ROW * len(parts)
+    sheet = Sheet(name, "What the predicted step goes to", top + height + 44)
+    with sheet as figure:
+        axes = panel(figure, left=left, top=top, width=WIDTH - left - _TOLD, height=height)
+        end = 0.0
+        for y, (part, ns) in enumerate(parts):
+            start, end = end, end + ns / unit_ns
+            add_boxes(axes, [(start, y - 0.36, end - start, 0.72)], PART_COLOURS[part], gap=0)
+            if y + 1 < len(parts):
+                axes.plot([end, end], [y, y + 1], color=FAINT, linewidth=0.8, zorder=1)
+            for text, right in ((duration(ns), 76), (f"{100 * ns / total_ns:.1f} %", _TOLD - 8)):
+                axes.annotate(text, (1, y), xycoords=("axes fraction", "data"), xytext=(right, 0),
+                              textcoords="offset points", ha="right", va="center",
+                              fontsize=10.5, color=INK)  # fmt: skip
+        axes.set_xlim(0, total_ns / unit_ns)
+        _bar_axes(axes, [PART_NAMES[part] for part, _ in parts], range(len(parts)))
+        axes.set_xlabel(f"time in the step [{unit}]")
     return sheet.svg
 
 
@@ -265,5 +302,8 @@ def intervals(name: str, label: str, rows: Sequence[IntervalRow]) -> str:
 
 
 def _short(label: str) -> str:
+    """Return `label` cut in its middle: layouts that are long often differ at their end."""
     label = "".join(letter if letter.isprintable() else "?" for letter in label)
-    return label if len(label) <= _LONGEST_LABEL else label[: _LONGEST_LABEL - 3] + "..."
+    if len(label) <= _LONGEST_LABEL:
+        return label
+    return f"{label[: _LONGEST_LABEL - 15]}...{label[-12:]}"

@@ -8,15 +8,14 @@ from profiles.cluster import ClusterSpec, LinkSpec
 from profiles.quantity import format_quantity
 from reports.document import Block, Commands, Section, Table, Text
 from reports.views import RunView, Study
-from reports.words import count, duration, joined, size
+from reports.words import count, duration, joined, origin_text, size
 
 
 def made_of(study: Study, prefix: str) -> Section:
     """Return the section that lists every input with its origin."""
     plan = study.best.plan
-    work, device = plan.workload, plan.profile.device
+    work = plan.workload
     tokens = f", {format_quantity(work.tokens, 'tokens')} in all" if work.tokens else ""
-    backend = f", {device.backend}" if device.backend else ""
     rows = [
         ("model", _model(plan)),
         (
@@ -29,13 +28,7 @@ def made_of(study: Study, prefix: str) -> Section:
             "stack",
             f"{plan.stack.name}; {_origin(plan.stack.source, plan.stack.date)}",
         ),
-        (
-            "profile",
-            f"{device.name}, {count(device.num_ranks)} ranks{backend}, measured "
-            f"{plan.profile.measured_at}; {plan.profile.path or 'not in a file'}; "
-            f"SHA-256 {plan.profile.digest[:12]}",
-        ),
-        ("profiled with", _versions(plan.profile.versions)),
+        *_costs(plan),
     ]
     blocks: list[Block] = [Table(head=("", ""), align="nl", rows=tuple(rows))]
     details = []
@@ -56,6 +49,23 @@ def made_of(study: Study, prefix: str) -> Section:
     head = ("layout", "plan digest", "run")
     blocks.append(Table(head=head, align="nnl", rows=tuple(details)))
     return Section(question="What is it made of?", anchor=f"{prefix}made", blocks=tuple(blocks))
+
+
+def _costs(plan: Plan) -> list[tuple[str, str]]:
+    """Return where the costs come from: a measured profile, or published measurements."""
+    profile, device = plan.profile, plan.profile.device
+    digest = f"SHA-256 {profile.digest[:12]}"
+    if profile.is_reference:
+        return [("costs", f"{device.name}, {origin_text(plan)}; {digest}")]
+    backend = f", {device.backend}" if device.backend else ""
+    return [
+        (
+            "profile",
+            f"{device.name}, {count(device.num_ranks)} ranks{backend}, measured "
+            f"{profile.measured_at}; {profile.path or 'not in a file'}; {digest}",
+        ),
+        ("profiled with", _versions(profile.versions)),
+    ]
 
 
 def _model(plan: Plan) -> str:
@@ -114,13 +124,15 @@ def reproduce(study: Study, prefix: str) -> Section:
                 f"layline compare {again}",
                 f"layline report {again} -o report.html",
             ]
-        else:
+        elif view.plan.cluster.is_local:
             lines += [
                 f"layline simulate {path}",
                 f"layline run {path} -o run",
                 "layline compare run",
                 "layline report run -o report.html",
             ]
+        else:
+            lines += [f"layline simulate {path}", f"layline report {path} -o report.html"]
     text = (
         f"The plan file holds everything: inputs, layout, schedule, costs and the seed "
         f"({study.best.plan.seed}). `layline run` refuses a plan that was edited."

@@ -40,11 +40,27 @@ MEMORY_COLOURS = {
     "parameters": "#2a6299",
     "gradients": "#8db8dd",
     "optimizer": "#3f9b78",
+    "buffers": "#8f3f22",
     "activations": "#f0b441",
     "temporary": "#c4552d",
+    "update": "#b87fae",
+    "reserve": "#cfc8ba",
     "context": "#8c8984",
 }
-"""What a rank's memory holds, in the order of the parts of a plan."""
+"""What a rank's memory holds, in the order in which the parts of a plan lie on each other."""
+
+PART_COLOURS = {
+    "peak": KIND_COLOURS["backward"],
+    "recompute": "#5d8dbc",
+    "kernels": KIND_COLOURS["forward"],
+    "work": KIND_COLOURS["backward"],
+    "exchange": KIND_COLOURS["all_gather"],
+    "pipeline": KIND_COLOURS["send"],
+    "reduction": KIND_COLOURS["all_reduce"],
+    "optimizer": KIND_COLOURS["optimizer"],
+    "host": KIND_COLOURS["other"],
+}
+"""What a step is lost to, part by part: as the kinds of time that it is."""
 
 PREDICTED, MEASURED, LIMIT, LABEL_DARK = "#2a6299", "#c4552d", "#9b1c31", "#16324a"
 PAPER, INK, FAINT, RULE, BAND = "#fdfdfc", "#22211f", "#6b6862", "#d8d4ca", "#d9e5f0"

@@ -124,6 +124,6 @@ def utilization_text(plan: Plan, found: Waterfall) -> str:
         )
     peak = format_quantity(gpu.peak_flops_per_s[dtype], "flop/s")
     return (
-        f"MFU {100 * found.mfu:.1f} %, HFU {100 * found.hfu:.1f} %: flops of the model (HFU: and of "
-        f"what is recomputed) / (step x {count(plan.layout.num_ranks)} ranks x {peak} dense {dtype})."
+        f"MFU {100 * found.mfu:.1f} %, HFU {100 * found.hfu:.1f} % = model flops (HFU: and "
+        f"recomputed ones) / (step x {count(plan.layout.num_ranks)} ranks x {peak} dense {dtype})"
     )

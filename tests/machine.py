@@ -3,6 +3,7 @@
 from dataclasses import replace
 from itertools import product
 
+from planner.cost import measured_costs
 from planner.plan import Plan
 from planner.search import make_plan, search
 from profiles.cluster import ClusterSpec, GpuSpec, LinkSpec, PoolSpec
@@ -119,7 +120,8 @@ def interleaved_plan() -> Plan:
     )
     measured = made_up_profile(num_ranks=2)
     profile = replace(measured, device=replace(measured.device, kind="cuda"))
-    return make_plan(job, profile, "profile.json", search(job, profile), 0, "0")
+    costs = measured_costs(job, profile, "profile.json")
+    return make_plan(job, costs, search(job, costs), 0, "0")
 
 
 def made_up_job(num_ranks: int) -> Job:

@@ -214,10 +214,10 @@ def test_a_plan_edited_by_hand_names_the_section(call: Call) -> None:
 
 def test_a_plan_of_an_older_version_is_stale(call: Call) -> None:
     call("plan", "job.toml", "-o", "plan.json")
-    edit("plan.json", '"schema_version": 2', '"schema_version": 1')
+    edit("plan.json", '"schema_version": 3', '"schema_version": 2')
     result = call("simulate", "plan.json")
     assert result.exit_code == 7
-    assert "plan.json: schema_version is 1; this version reads 2" in result.stderr
+    assert "plan.json: schema_version is 2; this version reads 3" in result.stderr
 
 
 def test_a_plan_whose_profile_changed_is_stale(call: Call) -> None:
@@ -318,7 +318,7 @@ def test_a_file_of_another_kind(call: Call) -> None:
         ("simulate", "list.json"): "list.json: holds no Plan",
         ("simulate", "inf.json"): "1e999 is too large",
         ("plan", "job.toml"): "this version reads",
-        ("plan", "job.toml", "--set", "profile=plan.json"): "plan.json: schema_version is 2",
+        ("plan", "job.toml", "--set", "profile=plan.json"): "plan.json: schema_version is 3",
         ("plan", "job.toml", "--set", f"profile={'a' * 3000}"): 'must be "auto" or a file',
     }.items():
         result = call(*command)

@@ -10,18 +10,20 @@ from hypothesis import strategies as st
 
 from layline.step import predicted_step, step_text, step_trace
 from planner.candidates import SYNTHESISED
+from planner.cost import measured_costs
 from planner.lower import memory_of, predict_order, predict_steps, simulation_of
 from planner.memory import peak_activations
 from planner.orders import NamedOrder, order_of
-from planner.plan import Candidate, StageCost, load_plan, save_plan
+from planner.plan import Candidate, Plan, StageCost, load_plan, save_plan
 from planner.refine import NUM_BEGUN
 from planner.schedules import SCHEDULES
-from planner.search import InfeasibleError, SearchResult, make_plan, search
+from planner.search import InfeasibleError, SearchResult, make_plan
+from planner.search import search as search_costs
 from planner.synthesis import ActivationCap, pipeline_of
 from planner.synthesis_search import rules
 from profiles.files import canonical_json
 from profiles.job import Job, SearchLimits
-from profiles.profile import Cost
+from profiles.profile import Cost, Profile
 from simulator.schedule import Schedule
 from simulator.step import step_times
 from tests.machine import TINY, made_up_job, made_up_profile
@@ -46,6 +48,14 @@ def uneven(limits: SearchLimits, memory_bytes: int = 1 << 30, global_batch: int 
     )
 
 
+def search(job: Job, profile: Profile = PROFILE) -> SearchResult:
+    return search_costs(job, measured_costs(job, profile))
+
+
+def planned(job: Job, result: SearchResult) -> Plan:
+    return make_plan(job, measured_costs(job, PROFILE, "profile.json"), result, 0, "0")
+
+
 def schedules_of(result: SearchResult) -> set[str]:
     return {candidate.layout.schedule for candidate in result.ranking}
 
@@ -61,12 +71,12 @@ def without_schedule(candidate: Candidate) -> tuple[int, ...]:
 
 def test_uneven_stages_are_won_by_an_order_of_their_own(tmp_path: Path) -> None:
     job = uneven(SearchLimits(dp=(2,), pp=(2,)))
-    result = search(job, PROFILE)
+    result = search(job)
     best, second = result.ranking[:2]
     assert best.layout.schedule == SYNTHESISED
     assert second.layout.schedule in SCHEDULES
     assert best.step.p10_ns <= best.step.p50_ns < second.step.p50_ns
-    plan = make_plan(job, PROFILE, "profile.json", result, 0, "0")
+    plan = planned(job, result)
     save_plan(plan, tmp_path / "plan.json")
     assert load_plan(tmp_path / "plan.json") == plan
     assert plan.parsed_schedule() == result.schedule(0)
@@ -82,16 +92,14 @@ def test_uneven_stages_are_won_by_an_order_of_their_own(tmp_path: Path) -> None:
 
 def test_the_same_job_gives_the_same_bytes() -> None:
     job = uneven(SearchLimits(pp=(2, 4)))
-    one, other = (
-        make_plan(job, PROFILE, "profile.json", search(job, PROFILE), 0, "0") for _ in range(2)
-    )
+    one, other = (planned(job, search(job)) for _ in range(2))
     assert one.layout.schedule == SYNTHESISED
     assert canonical_json(one) == canonical_json(other)
 
 
 def test_an_order_of_its_own_is_ranked_only_where_it_is_faster() -> None:
-    everything = search(uneven(SearchLimits()), PROFILE)
-    named_alone = search(uneven(SearchLimits(schedule=tuple(SCHEDULES))), PROFILE)
+    everything = search(uneven(SearchLimits()))
+    named_alone = search(uneven(SearchLimits(schedule=tuple(SCHEDULES))))
     assert everything.ranking != named_alone.ranking
     assert [c for c in everything.ranking if c not in synthesised(everything)] == [
         *named_alone.ranking
@@ -102,11 +110,11 @@ def test_an_order_of_its_own_is_ranked_only_where_it_is_faster() -> None:
 
 
 def test_schedules_that_were_not_asked_for_are_starts_alone() -> None:
-    alone = search(uneven(SearchLimits(schedule=(SYNTHESISED,))), PROFILE)
+    alone = search(uneven(SearchLimits(schedule=(SYNTHESISED,))))
     assert schedules_of(alone) == {SYNTHESISED}
     assert {r.layout for r in alone.rejections} >= {"dp=4,tp=1,pp=1", "dp=2,tp=2,pp=1"}
     assert not any(name in r.layout for r in alone.rejections for name in SCHEDULES)
-    beside = search(uneven(SearchLimits(schedule=("1f1b", SYNTHESISED))), PROFILE)
+    beside = search(uneven(SearchLimits(schedule=("1f1b", SYNTHESISED))))
     assert schedules_of(beside) == {"1f1b", SYNTHESISED}
     assert max(c.layout.stages_per_rank for c in synthesised(beside)) > 1
     assert {c.layout for c in synthesised(beside)} == {c.layout for c in alone.ranking}
@@ -123,11 +131,11 @@ def test_on_this_machine_orders_are_made_where_that_is_asked_for() -> None:
 def test_an_order_made_for_the_memory_fits_where_no_named_one_does() -> None:
     limits = replace(ONE_STAGE, micro_batch=())
     with pytest.raises(InfeasibleError, match="The smallest, dp=1,tp=1,pp=4,synthesised,mb=1x8"):
-        search(uneven(limits, memory_bytes=1_200_000), PROFILE)
+        search(uneven(limits, memory_bytes=1_200_000))
     named = replace(limits, schedule=tuple(SCHEDULES))
     with pytest.raises(InfeasibleError, match="The smallest, dp=1,tp=1,pp=4,1f1b,mb=1x8"):
-        search(uneven(named, memory_bytes=1_400_000), PROFILE)
-    result = search(uneven(limits, memory_bytes=1_400_000), PROFILE)
+        search(uneven(named, memory_bytes=1_400_000))
+    result = search(uneven(limits, memory_bytes=1_400_000))
     (only,) = result.ranking
     assert (only.layout.schedule, only.layout.micro_batch) == (SYNTHESISED, 1)
     assert only.peak_bytes <= 1_400_000
@@ -137,15 +145,15 @@ def test_an_order_made_for_the_memory_fits_where_no_named_one_does() -> None:
 
 
 def test_what_the_smallest_layout_needs_is_enough() -> None:
-    (tight,) = search(uneven(ONE_STAGE, memory_bytes=1_349_352), PROFILE).ranking
+    (tight,) = search(uneven(ONE_STAGE, memory_bytes=1_349_352)).ranking
     assert tight.peak_bytes == 1_349_352
     with pytest.raises(InfeasibleError):
-        search(uneven(ONE_STAGE, memory_bytes=1_349_351), PROFILE)
+        search(uneven(ONE_STAGE, memory_bytes=1_349_351))
 
 
 def test_orders_too_long_to_be_made_are_rejections(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("planner.refine.MAX_WORK", NUM_BEGUN * 95)
-    result = search(uneven(ONE_STAGE), PROFILE)
+    result = search(uneven(ONE_STAGE))
     assert SYNTHESISED not in schedules_of(result)
     (rejection,) = [r for r in result.rejections if r.rule == "length"]
     assert rejection.layout == "dp=1,tp=1,pp=4,synthesised,mb=1x8"
@@ -200,12 +208,12 @@ def _cost(random: np.random.Generator) -> StageCost:
 
 def test_folding_changes_no_ranking(monkeypatch: pytest.MonkeyPatch) -> None:
     job = uneven(SearchLimits(schedule=tuple(SCHEDULES)), global_batch=96)
-    walked = search(job, PROFILE)
+    walked = search(job)
     monkeypatch.setattr("planner.orders.LONG", 1)
     is_folded = [order_of(c.layout).is_long for c in walked.ranking]
     assert any(is_folded)
     assert not all(is_folded)
-    assert search(job, PROFILE) == walked
+    assert search(job) == walked
 
 
 def test_very_many_micro_batches_build_nothing_long(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -217,8 +225,8 @@ def test_very_many_micro_batches_build_nothing_long(monkeypatch: pytest.MonkeyPa
         return build(order, num_microbatches)
 
     monkeypatch.setattr(NamedOrder, "build", spy)
-    folded = search(job, PROFILE)
+    folded = search(job)
     assert 0 < max(built) < 200
     monkeypatch.setattr("planner.orders.LONG", 10**6)
-    assert search(job, PROFILE) == folded
+    assert search(job) == folded
     assert max(built) == 100_000

@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from planner.candidates import SYNTHESISED
-from planner.cost import cost_model
+from planner.cost import cost_model, measured_costs
 from planner.kernels import StageShape, layer_backward, layer_forward, stage_parameters
 from planner.layout import LOCAL_SCHEDULES, Layout
 from planner.lower import (
@@ -24,20 +24,16 @@ from planner.lower import (
 from planner.memory import layer_activation_bytes, peak_activations, peak_memory
 from planner.orders import MAX_CELLS
 from planner.partition import balanced_stages
-from planner.plan import StageCost, load_plan, save_plan
+from planner.plan import Plan, StageCost, load_plan, save_plan
 from planner.schedules import SCHEDULES
 from planner.schedules.flush import one_f_one_b
-from planner.search import (
-    InfeasibleError,
-    best_of_each_kind,
-    make_plan,
-    search,
-)
+from planner.search import InfeasibleError, SearchResult, best_of_each_kind, make_plan
+from planner.search import search as search_costs
 from profiles.errors import UnsupportedError
 from profiles.job import Job, SearchLimits
 from profiles.job_schema import ScheduleName
 from profiles.model import ModelSpec
-from profiles.profile import Cost
+from profiles.profile import Cost, Profile
 from tests.machine import FLOPS_PER_NS, RATE_BYTES_PER_NS, TINY, made_up_job, made_up_profile
 
 PROFILE = made_up_profile(num_ranks=8)
@@ -47,6 +43,14 @@ ONE_STAGE_A_RANK = SearchLimits(schedule=("1f1b", "gpipe"))
 
 def job(**changes: object) -> Job:
     return replace(made_up_job(num_ranks=4), **changes)  # type: ignore[arg-type]
+
+
+def search(job: Job, profile: Profile = PROFILE) -> SearchResult:
+    return search_costs(job, measured_costs(job, profile))
+
+
+def planned(job: Job, profile: Profile, result: SearchResult, place: int = 0) -> Plan:
+    return make_plan(job, measured_costs(job, profile, "profile.json"), result, place, "0.0.0")
 
 
 def brute_force(num_layers: int, costs: tuple[int, ...], layer_ns: int) -> int:
@@ -159,7 +163,7 @@ def test_every_named_schedule_is_searched_where_it_is_asked_for(name: str, tmp_p
         layout = candidate.layout
         assert SCHEDULES[name].takes(layout.stages_per_rank)
         assert sum(layout.stage_layers) == TINY.num_layers
-        plan = make_plan(asked, CUDA_PROFILE, "profile.json", result, place, "0.0.0")
+        plan = planned(asked, CUDA_PROFILE, result, place)
         assert (len(plan.memory), len(plan.costs)) == (2, 2 * layout.stages_per_rank)
         save_plan(plan, tmp_path / "plan.json")
         assert load_plan(tmp_path / "plan.json") == plan
@@ -172,7 +176,7 @@ def test_every_named_schedule_is_searched_where_it_is_asked_for(name: str, tmp_p
 
 
 def test_here_only_what_can_be_run_is_searched_elsewhere_all() -> None:
-    here = search(job(), PROFILE)
+    here = search(job())
     assert {c.layout.schedule for c in here.ranking} == set(LOCAL_SCHEDULES)
     there = search(elsewhere(), CUDA_PROFILE)
     assert {c.layout.schedule for c in there.ranking} == {*SCHEDULES, SYNTHESISED}
@@ -192,7 +196,7 @@ def test_limits_on_stages_name_themselves() -> None:
         "pp is 2 with 3 stages a rank, but the model has 4 layers; a stage needs one"
     )
     with pytest.raises(InfeasibleError, match="no schedule among 1f1b, gpipe has 2 stages a rank"):
-        search(job(search=replace(ONE_STAGE_A_RANK, pp=(2,), stages_per_rank=(2,))), PROFILE)
+        search(job(search=replace(ONE_STAGE_A_RANK, pp=(2,), stages_per_rank=(2,))))
     alone = search(elsewhere(schedule=("interleaved",)), CUDA_PROFILE)
     assert all(c.layout.pp > 1 for c in alone.ranking)
     assert "search.schedule allows interleaved only" in alone.rejections[0].reason
@@ -202,7 +206,7 @@ def test_more_than_a_plan_can_write_out_is_a_rejection_with_a_way_out() -> None:
     most = MAX_CELLS // 4
     limits = SearchLimits(dp=(1,), tp=(1,), pp=(4,), micro_batch=(1, 2), schedule=("1f1b",))
     work = replace(job().workload, global_batch=2 * most)
-    result = search(job(workload=work, search=limits), PROFILE)
+    result = search(job(workload=work, search=limits))
     assert [c.layout.num_microbatches for c in result.ranking] == [most]
     assert [(r.layout, r.reason) for r in result.rejections if r.rule == "length"] == [
         (
@@ -213,12 +217,12 @@ def test_more_than_a_plan_can_write_out_is_a_rejection_with_a_way_out() -> None:
     ]
     work = replace(job().workload, global_batch=1 << 26)
     with pytest.raises(InfeasibleError, match="67108864 micro-batches on 4 stages; a plan writes"):
-        search(job(workload=work, search=limits), PROFILE)
+        search(job(workload=work, search=limits))
 
 
 def test_every_layout_is_ranked_or_rejected_once() -> None:
     asked = job(search=ONE_STAGE_A_RANK)
-    result = search(asked, PROFILE)
+    result = search(asked)
     seen = [str(c.layout) for c in result.ranking] + [r.layout for r in result.rejections]
     assert len(seen) == len(set(seen))
     degrees = {(c.layout.dp, c.layout.tp, c.layout.pp) for c in result.ranking}
@@ -228,19 +232,19 @@ def test_every_layout_is_ranked_or_rejected_once() -> None:
     assert all(c.layout.global_batch == job().workload.global_batch for c in result.ranking)
     times = [c.step.p50_ns for c in result.ranking]
     assert times == sorted(times)
-    assert result == search(asked, PROFILE)
+    assert result == search(asked)
 
 
 def test_limits_hold_and_reasons_name_them() -> None:
     limits = SearchLimits(tp=(1,), schedule=("gpipe",), micro_batch=(2,))
-    result = search(job(search=limits), PROFILE)
+    result = search(job(search=limits))
     assert all(c.layout.tp == 1 and c.layout.micro_batch == 2 for c in result.ranking)
     assert {c.layout.schedule for c in result.ranking if c.layout.pp > 1} == {"gpipe"}
     assert any("search.tp allows 1" in r.reason for r in result.rejections)
 
 
 def test_kinds_are_told_apart() -> None:
-    result = search(job(search=ONE_STAGE_A_RANK), PROFILE)
+    result = search(job(search=ONE_STAGE_A_RANK))
     places = best_of_each_kind(result)
     kinds = [(result.ranking[p].layout.pp, result.ranking[p].layout.schedule) for p in places]
     assert places[0] == 0
@@ -252,11 +256,11 @@ def test_nothing_fits_names_the_constraint_and_the_way_out() -> None:
     small = replace(job().cluster.pools[0].gpu, memory_bytes=300_000)
     pool = replace(job().cluster.pools[0], gpu=small)
     with pytest.raises(InfeasibleError, match=r"memory binds\. The smallest, .* needs .* a rank"):
-        search(job(cluster=replace(job().cluster, pools=(pool,))), PROFILE)
+        search(job(cluster=replace(job().cluster, pools=(pool,))))
     odd = replace(job().workload, global_batch=3)
     limits = SearchLimits(dp=(4,))
     with pytest.raises(InfeasibleError, match=r"no layout of 4 ranks is legal: .*dp must divide"):
-        search(job(workload=odd, search=limits), PROFILE)
+        search(job(workload=odd, search=limits))
 
 
 def test_a_model_that_is_no_llama_is_refused_by_name() -> None:
@@ -264,14 +268,14 @@ def test_a_model_that_is_no_llama_is_refused_by_name() -> None:
                     ffn=256, vocab=256, max_seq_len=64, norm="layernorm", mlp="gelu",
                     positions="learned", has_biases=True)  # fmt: skip
     with pytest.raises(UnsupportedError, match="layernorm, gelu and learned"):
-        search(job(model=gpt), PROFILE)
+        search(job(model=gpt))
 
 
 def test_a_profile_of_another_machine_is_refused_by_name() -> None:
     with pytest.raises(
         UnsupportedError, match=r"measured made-up \(cpu\), the cluster has made-up"
     ):
-        search(elsewhere(), PROFILE)
+        search(elsewhere())
     h200 = replace(PROFILE, device=replace(PROFILE.device, kind="cuda", name="NVIDIA H200"))
     with pytest.raises(UnsupportedError, match="measured NVIDIA H200"):
         search(elsewhere(), h200)
@@ -351,7 +355,7 @@ def test_memory_grows_with_batch_and_sequence(micro_batch: int, seq_len: int) ->
 
 def test_plan_file_reads_back(tmp_path: Path) -> None:
     path = tmp_path / "plan.json"
-    plan = make_plan(job(), PROFILE, "profile.json", search(job(), PROFILE), 0, "0.0.0")
+    plan = planned(job(), PROFILE, search(job()))
     save_plan(plan, path)
     first = path.read_bytes()
     assert load_plan(path) == plan

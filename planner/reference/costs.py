@@ -16,7 +16,7 @@ from planner.interval import Band, band_of
 from planner.layout import Layout
 from planner.memory import context_bytes
 from planner.plan import ProfileReference, StageCost
-from planner.published.words import SEQUENCE_PARALLEL_STACKS
+from planner.published.words import PADDED_STACKS, SEQUENCE_PARALLEL_STACKS
 from planner.reference.program import Lanes, lanes_of
 from planner.reference.step import StageNs, StepModel
 from profiles.cluster import ClusterSpec, GpuSpec
@@ -24,13 +24,14 @@ from profiles.errors import UnsupportedError
 from profiles.files import digest
 from profiles.job import Job
 from profiles.model import ModelSpec
-from profiles.presets import gpu_presets
+from profiles.presets import calibrated, gpu_presets
 from profiles.profile import Cost, DeviceFacts
 from profiles.stack import SCALARS, StackSpec
 from profiles.workload import Workload
 
 MEASUREMENTS = ("kernels.toml", "collectives.toml")
-FITTED = "scalars.json"
+VOCAB_ROWS = 128
+"""What the vocabulary of a rank is padded to a multiple of, where it is padded."""
 REAL, ALONE = range(2)
 """Lanes: a stage as it is, and without what its ranks exchange inside its layers."""
 EXCHANGES = frozenset({"intra", "inter", "crossing", "spanning"})
@@ -90,7 +91,7 @@ class ReferenceCosts:
         return context_bytes(layout)
 
     def balance_ns(self, layout: Layout) -> tuple[int, int, int]:
-        """Return what one micro-batch takes a layer, and the first and the last stage beside theirs.
+        """Return what a micro-batch takes a layer, and the first and the last stage beside theirs.
 
         Read off stages of one layer and one of two, so that what a stage takes in any case counts
         for no layer.
@@ -141,7 +142,11 @@ class ReferenceCosts:
         )
 
     def _step(self, layout: Layout) -> StepModel:
-        return StepModel(self.model, self.workload, layout, self.cluster, self.stack)
+        """Return the step of `layout`, whose ranks hold a whole number of vocabulary rows each."""
+        model, unit = self.model, VOCAB_ROWS * layout.tp
+        if self.stack.name in PADDED_STACKS or model.vocab % layout.tp:
+            model = replace(model, vocab=-(-model.vocab // unit) * unit)
+        return StepModel(model, self.workload, layout, self.cluster, self.stack)
 
     @cached_property
     def _lanes(self) -> Lanes:
@@ -205,9 +210,7 @@ def reference_data() -> tuple[str, str]:
     folder = resources.files("profiles").joinpath("data")
     texts = {name: folder.joinpath(name).read_text(encoding="utf-8") for name in MEASUREMENTS}
     newest = max(date for text in texts.values() for date in _dates(tomllib.loads(text)))
-    if (fitted := folder.joinpath(FITTED)).is_file():
-        texts[FITTED] = fitted.read_text(encoding="utf-8")
-    return digest(texts), newest
+    return digest({"measurements": texts, "fitted": calibrated()}), newest
 
 
 def _dates(table: Any) -> Iterator[str]:

@@ -13,17 +13,17 @@ from planner.reference.passes import CAST_BYTES, LAYER_CALLS, PASSES, RECOMPUTE_
 from planner.reference.places import Places
 from planner.reference.program import ATTENTION, MATMUL, MEMORY, Block, Program
 from profiles.cluster import ClusterSpec
-from profiles.kernel_curves import attention, matmul, memory_pass
+from profiles.kernel_curves import Estimate, attention, matmul, memory_pass
 from profiles.model import ModelSpec
 from profiles.stack import StackSpec
-from profiles.workload import DTYPE_BYTES, DType, Workload
+from profiles.workload import DTYPE_BYTES, Workload
 
 ALIGNED = 8
 """Elements of two bytes that tensor cores want in a row: 16 bytes, says cuBLAS."""
-MISALIGNED = 8.0
-"""How much longer products of heads take whose size is not aligned (BLOOM's log, heads of 150)."""
-VOCAB_ROWS = 128
-"""Megatron pads the vocabulary of each rank to a multiple of this; others pad about as much."""
+MISALIGNED_HEADS, MISALIGNED_VOCAB = 8.0, 2.0
+"""How much longer the batched products of heads take whose size is not aligned (BLOOM's log, heads
+of 150 against 144), and those of an odd vocabulary (vTrain's runs, 50257 rows against 50304).
+"""
 
 
 @final
@@ -49,7 +49,7 @@ class RankWork:
         self.q = model.num_heads * model.head_size // tp
         self.kv = max(model.num_kv_heads // tp, 1) * model.head_size
         self.f = model.ffn // tp
-        self.v = -(-model.vocab // (VOCAB_ROWS * tp)) * VOCAB_ROWS
+        self.v = -(-model.vocab // tp)
         self.fan_in = (2 if model.mlp == "swiglu" else 1) * self.f
 
     def blocks(self) -> dict[str, Block]:
@@ -146,7 +146,7 @@ class RankWork:
             causal=True,
         )
         if kernel == "unfused" and model.head_size % ALIGNED:
-            time = time._replace(ns=MISALIGNED * time.ns)
+            time = time._replace(ns=MISALIGNED_HEADS * time.ns)
         if layout.cp > 1:
             size_bytes = 2 * self.m * self.kv * self.element
             category, hop = self.places.context("send_recv", size_bytes)
@@ -173,7 +173,7 @@ class RankWork:
         self._norm(program, "forward")
         if self.layout.sequence_parallel:
             self._tensor(program, "all_gather")
-        program.compute(MATMUL, matmul(self.gpu, self._stored, self.m, self.v, self.h))
+        program.compute(MATMUL, self._vocab_product(self.m, self.v, self.h))
         self._pass(program, "loss", "forward", self.m * self.v)
         # The sharded loss: largest logit, sum of exponentials and the target's logit of each token.
         category, values = self.places.tensor("all_reduce", 4 * self.m)
@@ -182,15 +182,18 @@ class RankWork:
 
     def _head_backward(self, program: Program) -> None:
         self._pass(program, "loss", "backward", self.m * self.v)
-        program.compute(MATMUL, matmul(self.gpu, self._stored, self.m, self.h, self.v))
+        program.compute(MATMUL, self._vocab_product(self.m, self.h, self.v))
         self._tensor(program, "reduce_scatter" if self.layout.sequence_parallel else "all_reduce")
-        self._weight(program, self.v, self.h, self.m, self._stored)
+        weight = self._vocab_product(self.v, self.h, self.m)
+        program.compute(MATMUL, weight)
+        program.weight_ns += weight.ns
         self._norm(program, "backward")
 
-    @property
-    def _stored(self) -> DType:
-        """The dtype of the products that are not made in fp8."""
-        return "bf16" if self.workload.dtype == "fp8" else self.workload.dtype
+    def _vocab_product(self, m: int, n: int, k: int) -> Estimate:
+        """Return the time of a product with the vocabulary, which is not made in fp8."""
+        dtype = "bf16" if self.workload.dtype == "fp8" else self.workload.dtype
+        time = matmul(self.gpu, dtype, m, n, k)
+        return time._replace(ns=MISALIGNED_VOCAB * time.ns) if self.v % ALIGNED else time
 
     # Linears: columns of the weight over tp, or rows of it.
 
@@ -216,7 +219,7 @@ class RankWork:
         if hides:
             program.wait()
         self._tensor(program, "reduce_scatter" if is_sharded else "all_reduce", waits=not hides)
-        self._weight(program, n, k, m, self.workload.dtype, count)
+        self._weight(program, n, k, m, count)
         if hides:
             program.wait()
 
@@ -225,17 +228,15 @@ class RankWork:
         if self.layout.sequence_parallel:
             self._tensor(program, "all_gather")
         self._product(program, m, k, n, count)
-        self._weight(program, n, k, m, self.workload.dtype, count)
+        self._weight(program, n, k, m, count)
 
     def _product(self, program: Program, m: int, n: int, k: int, count: int) -> None:
         self._cast(program, count * m * k)
         time = matmul(self.gpu, self.workload.dtype, m, n, k)
         program.compute(MATMUL, time._replace(ns=count * time.ns))
 
-    def _weight(
-        self, program: Program, m: int, n: int, k: int, dtype: DType, count: int = 1
-    ) -> None:
-        time = matmul(self.gpu, dtype, m, n, k)
+    def _weight(self, program: Program, m: int, n: int, k: int, count: int) -> None:
+        time = matmul(self.gpu, self.workload.dtype, m, n, k)
         program.compute(MATMUL, time._replace(ns=count * time.ns))
         program.weight_ns += count * time.ns
 

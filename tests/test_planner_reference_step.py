@@ -1,0 +1,473 @@
+"""The step of a setup: closed forms, the engine on graphs of the same work, and monotony."""
+
+from dataclasses import replace
+from typing import Any, get_args
+
+import numpy as np
+import pytest
+from hypothesis import assume, given, settings
+from hypothesis import strategies as st
+
+from planner.predict import memory_of, step_model
+from planner.reference.program import INTER, INTRA, MEMORY, Lanes, lanes_of, stack_lanes
+from planner.reference.step import StageNs, built
+from planner.schedules import SCHEDULES
+from planner.setup import Setup
+from profiles.cluster import ClusterSpec
+from profiles.collective_curves import Group, collective
+from profiles.kernel_curves import memory_pass
+from profiles.presets import cluster_preset, cluster_presets, fabric_preset
+from profiles.stack import SCALARS, Recompute, Sharding
+from simulator.engine import simulate, simulate_step
+from simulator.graph import Op, task_graph
+from tests.setups import (
+    BUSY,
+    GPT,
+    IDLE_HOST,
+    MOE,
+    SMALL,
+    STACK,
+    lanes_by_value,
+    model_of,
+    nodes_for,
+    scalars,
+    setup_of,
+    setups,
+    step_ns,
+    values_of_scalars,
+)
+
+NEUTRAL = {name: meaning.neutral for name, meaning in SCALARS.items()}
+FREE = lanes_of(NEUTRAL | IDLE_HOST | {"intra": 0.0, "inter": 0.0, "memory": 0.0})
+"""Products and attention alone: messages, passes and the host take nothing."""
+SHARDED: tuple[Sharding, ...] = ("zero1", "zero2", "zero3")
+SPLIT = ("zb_h1", "zb_h2", "zb_v", "dual_pipe_v")
+"""Schedules that do the weight half of a backward apart."""
+
+
+def stage(setup: Setup, lanes: Lanes | None = None) -> StageNs:
+    """Return the only stage of `setup`."""
+    (only,) = step_model(setup).stages(lanes or stack_lanes(setup.stack))
+    return only
+
+
+def pass_ns(size_bytes: float) -> float:
+    return memory_pass("h100-sxm", int(size_bytes)).ns
+
+
+def group_ns(kind: str, size: int, per_node: int, size_bytes: float) -> float:
+    """Return a collective on H100 nodes, alone."""
+    node = cluster_preset("h100-sxm", num_nodes=2)
+    link, fabric = node.pools[0].intra_node, node.inter_node
+    return collective(kind, Group(size, per_node), int(size_bytes), link, fabric).ns
+
+
+# Closed forms: one GPU.
+
+
+@pytest.mark.parametrize("num_microbatches", [1, 2, 7])
+@pytest.mark.parametrize("model", [SMALL, GPT])
+def test_one_gpu_runs_its_kernels_in_a_row(model: Any, num_microbatches: int) -> None:
+    """No host, no collectives: kernels of each micro-batch, then the update.
+
+    From the second micro-batch on gradients of 4 bytes are read and written again.
+    """
+    setup = setup_of(model, num_microbatches=num_microbatches)
+    found, lanes = model_of(setup)
+    parts = {name: np.rint(block.ns).sum() for name, block in found.blocks.items()}
+    layers, edges = (
+        sum(parts[f"{name}_{way}"] for name in names for way in ("forward", "backward"))
+        for names in (("layer",), ("embedding", "head"))
+    )
+    count = found.parameters(8, True, True)
+    sums = pass_ns(2 * 4 * count) if num_microbatches > 1 else 0.0
+    # Gradient, master copy and both moments in, all but the gradient out; the norm of the
+    # gradients and zeroing; the bf16 parameter.
+    update = pass_ns(count * (4 + 2 * 4 + 2 * 8 + 2 + 4 + 4 + 2 * 4))
+    expected = num_microbatches * (8 * layers + edges + sums) + update
+    assert found.step_ns(lanes)[0] == pytest.approx(expected, rel=1e-12)
+
+
+def test_a_host_that_binds_is_all_that_counts() -> None:
+    """Calls of a millisecond each: the step is calls times launch, in every micro-batch."""
+    setup = setup_of(stack=replace(STACK, scalars=scalars(IDLE_HOST | {"launch": 1000.0})))
+    found, lanes = model_of(setup)
+    calls = sum(block.calls * (8 if name.startswith("layer") else 1)
+                for name, block in found.blocks.items())  # fmt: skip
+    update = found.stages(lanes)[0].optimizer[0]
+    assert found.step_ns(lanes)[0] == pytest.approx(4 * calls * 1e6 + update, rel=1e-9)
+
+
+def test_work_of_the_host_comes_on_top_once() -> None:
+    setup = setup_of(stack=replace(STACK, scalars=scalars(IDLE_HOST | {"step": 250.0})))
+    assert step_ns(setup) - step_ns(replace(setup, stack=STACK)) == pytest.approx(250e6)
+
+
+@given(st.integers(1, 30), st.sampled_from(("none", "full")))
+def test_every_micro_batch_adds_as_much(num_microbatches: int, recompute: Recompute) -> None:
+    """But the first, which adds its gradients to nothing."""
+    one, more = (
+        step_ns(setup_of(stack=BUSY, num_microbatches=n, recompute=recompute))
+        for n in (num_microbatches + 1, num_microbatches + 2)
+    )
+    two, three = (step_ns(setup_of(stack=BUSY, num_microbatches=n, recompute=recompute))
+                  for n in (2, 3))  # fmt: skip
+    assert more - one == pytest.approx(three - two, rel=1e-9)
+
+
+@pytest.mark.parametrize("model", [SMALL, GPT, replace(MOE, num_shared_experts=1)])
+@pytest.mark.parametrize("tp", [1, 4])
+def test_ranks_hold_the_parameters_of_the_model(model: Any, tp: int) -> None:
+    """All but norms, biases, positions and the router, which are below two percent."""
+    found = step_model(setup_of(model, tp=tp)).parameters(model.num_layers, True, True)
+    assert found * tp == pytest.approx(model.num_parameters, rel=0.02)
+
+
+# Closed forms: the pipeline.
+
+
+@settings(max_examples=40)
+@given(
+    pp=st.sampled_from((2, 4, 8)),
+    num_microbatches=st.integers(1, 20),
+    schedule=st.sampled_from(("1f1b", "gpipe")),
+)
+def test_equal_stages_without_messages_are_closed_form(
+    pp: int, num_microbatches: int, schedule: str
+) -> None:
+    """(p - 1) (F + B) to fill and drain, then m times the last stage, which has the head too."""
+    setup = setup_of(pp=pp, num_microbatches=num_microbatches, schedule=schedule)
+    found = step_model(setup)
+    stages = found.stages(FREE)
+    forward, backward = (
+        [round(float(getattr(each, way)[0])) for each in stages] for way in ("forward", "backward")
+    )
+    assert len(set(forward[:-1])) == 1
+    assert forward[0] < forward[-1]
+    fill = (pp - 1) * (forward[0] + backward[0])
+    assert found.step_ns(FREE)[0] == fill + num_microbatches * (forward[-1] + backward[-1])
+
+
+@given(setups())
+def test_the_engine_times_the_same_pipeline(setup: Setup) -> None:
+    """The walk and the event loop, on the graph of the same step, agree to the nanosecond."""
+    found, lanes = model_of(setup)
+    assume(setup.layout.num_stages > 1 and setup.layout.num_microbatches < 6)
+    times = found.times(lanes, found.stages(lanes))
+    walked = simulate_step(built(setup.layout), times)
+    graph_alone = simulate(walked.graph, walked.ends_ns - walked.starts_ns)
+    assert graph_alone.makespan_ns + lanes.step[0] == found.step_ns(lanes)[0]
+
+
+def test_a_message_carries_each_tensor_rank_s_share() -> None:
+    whole, share = (model_of(setup_of(pp=2, tp=tp)) for tp in (1, 4))
+    size_bytes = 4096 * SMALL.hidden * 2
+    assert whole[0].send_ns(whole[1])[0] == group_ns("send_recv", 2, 8, size_bytes)
+    assert share[0].send_ns(share[1])[0] == group_ns("send_recv", 2, 8, size_bytes / 4)
+
+
+def test_a_message_between_nodes_takes_the_fabric() -> None:
+    found, lanes = model_of(setup_of(pp=2, tp=8))
+    assert found.send_ns(lanes)[0] == group_ns("send_recv", 2, 1, 4096 * SMALL.hidden * 2 / 8)
+
+
+# Closed forms: replicas.
+
+
+@pytest.mark.parametrize("dp", [2, 8, 32])
+def test_gradients_that_nothing_hides_take_the_collective_s_own_time(dp: int) -> None:
+    setup = setup_of(dp=dp)
+    size_bytes = step_model(setup).parameters(8, True, True) * 4
+    assert stage(setup).reduction[0] == group_ns("all_reduce", dp, min(dp, 8), size_bytes)
+
+
+@pytest.mark.parametrize("dp", [2, 8, 32])
+def test_a_sharded_optimizer_scatters_gradients_and_gathers_parameters(dp: int) -> None:
+    setup = setup_of(dp=dp, sharding="zero1")
+    count = step_model(setup).parameters(8, True, True)
+    expected = group_ns("reduce_scatter", dp, min(dp, 8), 4 * count)
+    expected += group_ns("all_gather", dp, min(dp, 8), 2 * count)
+    assert stage(setup).reduction[0] == pytest.approx(expected)
+
+
+def test_hybrid_sharding_reduces_shards_between_its_groups() -> None:
+    """Inside the nodes scatter and gather; between them an all-reduce of each rank's eighth."""
+    setup = setup_of(dp=32, sharding="zero1", shard_group=8)
+    count = step_model(setup).parameters(8, True, True)
+    expected = group_ns("reduce_scatter", 8, 8, 4 * count) + group_ns("all_gather", 8, 8, 2 * count)
+    expected += group_ns("all_reduce", 4, 1, 4 * count / 8)
+    assert stage(setup).reduction[0] == pytest.approx(expected)
+
+
+@pytest.mark.parametrize(("fabric", "hides_all"), [("xdr800", True), ("roce100", False)])
+def test_overlapped_gradients_leave_the_last_layer_or_what_the_backward_is_too_short_for(
+    fabric: str, hides_all: bool
+) -> None:
+    """Layer by layer behind the backward: e / L is left of e, or c / L + e - c if e > c."""
+    cluster = cluster_preset("h100-sxm", num_nodes=2, fabric=fabric)
+    stack = replace(STACK, overlaps_gradients=True)
+    hidden = stage(setup_of(dp=16, micro_batch=4, cluster=cluster, stack=stack))
+    alone = stage(setup_of(dp=16, micro_batch=4, cluster=cluster))
+    compute, exchange = hidden.backward[0], alone.reduction[0]
+    assert (exchange < compute) == hides_all
+    left = exchange / 8 if hides_all else compute / 8 + exchange - compute
+    assert hidden.reduction[0] == pytest.approx(left, rel=1e-6)
+
+
+@given(st.floats(0, 1))
+def test_exposed_is_the_least_part_that_is_left(exposed: float) -> None:
+    stack = replace(STACK, overlaps_gradients=True,
+                    scalars=scalars(IDLE_HOST | {"exposed": exposed}))  # fmt: skip
+    alone = stage(setup_of(dp=8, micro_batch=4)).reduction[0]
+    left = stage(setup_of(dp=8, micro_batch=4, stack=stack)).reduction[0]
+    assert left == pytest.approx(max(alone / 8, exposed * alone), rel=1e-6)
+
+
+def _sharded_parts(setup: Setup) -> tuple[float, float, float, float]:
+    """Return forward and backward of one of 9 units, its gather and its scatter, each alone."""
+    plain = stage(replace(setup, layout=replace(setup.layout, sharding="none")))
+    found, lanes = model_of(setup)
+    count = found.parameters(8, True, True)
+    times = []
+    for kind, width in (("all_gather", 2), ("reduce_scatter", 4)):
+        category, time = found.places.replicas(kind, count * width / 9)
+        times.append(time.ns * lanes.factor[category, 0])
+    return plain.forward[0] / 9, plain.backward[0] / 9, times[0], times[1]
+
+
+@pytest.mark.parametrize("fabric", ["xdr800", "roce100"])
+@pytest.mark.parametrize("seq_len", [512, 8192])
+def test_sharded_layers_are_gathered_one_ahead(fabric: str, seq_len: int) -> None:
+    """Gather the first, then the slower of gather and layer, then the last layer."""
+    cluster = cluster_preset("h100-sxm", num_nodes=2, fabric=fabric)
+    setup = setup_of(dp=16, sharding="zero3", cluster=cluster, seq_len=seq_len)
+    unit, _, gather, _ = _sharded_parts(setup)
+    assert stage(setup).forward[0] == pytest.approx(gather + 8 * max(unit, gather) + unit, rel=1e-6)
+
+
+def test_a_backward_that_binds_hides_all_but_the_first_gather_and_the_last_scatter() -> None:
+    setup = setup_of(dp=8, sharding="zero3", micro_batch=8)
+    _, unit, gather, scatter = _sharded_parts(setup)
+    assert unit > gather + scatter
+    expected = gather + 9 * unit + scatter
+    assert stage(setup).backward[0] == pytest.approx(expected, rel=1e-6)
+
+
+def test_traffic_that_binds_hides_the_backward() -> None:
+    cluster = cluster_preset("h100-sxm", num_nodes=2, fabric="roce100")
+    setup = setup_of(dp=16, sharding="zero3", seq_len=512, cluster=cluster)
+    _, unit, gather, scatter = _sharded_parts(setup)
+    assert unit < min(gather, scatter)
+    assert stage(setup).backward[0] == pytest.approx(9 * (gather + scatter), rel=1e-6)
+
+
+@settings(max_examples=60)
+@given(
+    seq_len=st.sampled_from((512, 1024, 2048, 4096, 8192)),
+    fabric=st.sampled_from(("xdr800", "ndr400", "roce100")),
+    inter=st.floats(0.5, 6.0),
+)
+def test_the_engine_times_the_same_sharded_backward(
+    seq_len: int, fabric: str, inter: float
+) -> None:
+    """Unit u + 1 is gathered once unit u - 1 is done; each scatter comes behind its unit."""
+    cluster = cluster_preset("h100-sxm", num_nodes=2, fabric=fabric)
+    setup = setup_of(dp=16, sharding="zero3", seq_len=seq_len, cluster=cluster,
+                     stack=replace(STACK, scalars=scalars(IDLE_HOST | {"inter": inter})))  # fmt: skip
+    _, unit, gather, scatter = (round(part) for part in _sharded_parts(setup))
+    ops, times = list[Op](), list[int]()
+
+    def add(stream: str, ns: int, *deps: int) -> int:
+        known = tuple(dep for dep in deps if dep >= 0)
+        ops.append(Op(id=len(ops), rank=0, stream=stream, name="op", kind="other", deps=known))
+        times.append(ns)
+        return len(ops) - 1
+
+    gathered, done = add("exchange", gather), [-1]
+    for number in range(9):
+        own = gathered
+        if number < 8:
+            gathered = add("exchange", gather, done[-1])
+        done.append(add("compute", unit, own))
+        add("exchange", scatter, done[-1])
+    expected = simulate(task_graph(ops), times).makespan_ns
+    assert stage(setup).backward[0] == pytest.approx(expected, abs=20)
+
+
+# What must hold for any setup.
+
+
+@settings(max_examples=60)
+@given(setups())
+def test_every_time_is_a_number_and_the_step_is_positive(setup: Setup) -> None:
+    found, lanes = model_of(setup)
+    for each in found.stages(lanes):
+        for name, ns in each._asdict().items():
+            assert np.isfinite(ns).all(), name
+            assert (ns >= 0).all(), name
+        assert each.forward[0] > 0 or setup.model.num_layers < setup.layout.num_stages
+    assert 0 < found.step_ns(lanes)[0] < 1e15
+
+
+@settings(max_examples=60)
+@given(setups(), st.lists(values_of_scalars(), min_size=2, max_size=5))
+def test_lanes_side_by_side_equal_one_by_one(
+    setup: Setup, values: list[dict[str, float]]
+) -> None:
+    found = step_model(setup)
+    together = found.step_ns(lanes_by_value(values))
+    alone = [found.step_ns(lanes_by_value([one]))[0] for one in values]
+    assert together.tolist() == alone
+
+
+@settings(max_examples=100)
+@given(setups(), values_of_scalars(), st.floats(1.01, 4))
+def test_a_larger_scalar_never_makes_the_step_shorter(
+    setup: Setup, values: dict[str, float], more: float
+) -> None:
+    """All scalars at once, each alone. Products are left out where their weight half is done apart:
+
+    a longer weight half of a backward that the host or the network binds, and which does not grow,
+    leaves less for the half that the next stage waits for.
+    """
+    names = [name for name in SCALARS if name != "matmul" or setup.layout.schedule not in SPLIT]
+    larger = [
+        values | {name: min(more * max(values[name], 0.01), 1.0 if name == "exposed" else np.inf)}
+        for name in names
+    ]
+    base, *steps = step_model(setup).step_ns(lanes_by_value([values, *larger]))
+    for name, ns in zip(names, steps, strict=True):
+        # A nanosecond for each rounding on the way.
+        assert ns >= base - 2 * sum(setup.layout.stage_layers) - 20 * setup.layout.num_microbatches, name
+
+
+@settings(max_examples=60)
+@given(setups(), st.sampled_from(("none", *SHARDED)))
+def test_more_replicas_with_as_much_work_each_are_never_faster(
+    setup: Setup, sharding: Sharding
+) -> None:
+    """But for the update of a smaller share; where a link carries as much for any number of ranks.
+
+    Not so in a mesh, which has more links the more ranks there are, and where a switch that sums
+    (NVLink 4 and later) takes over from the ring, measured from four ranks to eight.
+    """
+    node = setup.cluster.name
+    assume(node in ("v100-dgx2", "a100-sxm-40gb", "a100-sxm-80gb", "l40s"))
+    layout = replace(setup.layout, sharding=sharding, shard_group=0, ep=1)
+    model = replace(setup.model, num_experts=0, experts_per_token=0, num_shared_experts=0)
+    more = replace(layout, dp=2 * layout.dp)
+    cluster = nodes_for(more.num_ranks, node)
+    stack = replace(setup.stack, scalars=scalars(IDLE_HOST))
+    few, many = (replace(setup, model=model, layout=each, cluster=cluster, stack=stack)
+                 for each in (layout, more))  # fmt: skip
+    saved = sum(float(each.optimizer[0]) for each in step_model(few).stages(stack_lanes(stack)))
+    assert step_ns(many) >= step_ns(few) - (saved if sharding != "none" else 0) - 100
+
+
+@settings(max_examples=60)
+@given(setups())
+def test_recomputing_more_takes_longer_and_keeps_less(setup: Setup) -> None:
+    found = [
+        replace(setup, layout=replace(setup.layout, recompute=mode)) for mode in get_args(Recompute)
+    ]
+    none, selective, full = map(step_ns, found)
+    assert none <= selective + 100
+    assert selective <= full + 100
+    for least, some, most in zip(*(memory_of(each) for each in found), strict=True):
+        assert least.activations >= some.activations >= most.activations
+        assert least.allocated >= some.allocated >= most.allocated
+
+
+@pytest.mark.parametrize("sharding", SHARDED)
+def test_experts_shared_by_more_ranks_take_less_memory_and_a_shorter_update(
+    sharding: Sharding,
+) -> None:
+    one, shared = (setup_of(MOE, dp=8, ep=ep, sharding=sharding) for ep in (1, 8))
+    assert memory_of(shared)[0].total < memory_of(one)[0].total
+    assert stage(shared).optimizer[0] < stage(one).optimizer[0]
+    # But their tokens are on the way.
+    assert stage(shared).forward[0] > stage(one).forward[0] or sharding == "zero3"
+
+
+@pytest.mark.parametrize("name", sorted(SCHEDULES))
+def test_every_schedule_runs_and_none_beats_its_work(name: str) -> None:
+    """No rank can be done before its own work, nor a micro-batch before it went all the way."""
+    family = SCHEDULES[name]
+    for stages_per_rank in (1, 2, 3, 4):
+        if not family.takes(stages_per_rank):
+            continue
+        model = replace(SMALL, num_layers=4 * stages_per_rank)
+        setup = setup_of(model, pp=4, schedule=name, stages_per_rank=stages_per_rank,
+                         num_microbatches=8, stack=BUSY)  # fmt: skip
+        found, lanes = model_of(setup)
+        stages = found.stages(lanes)
+        homes = built(setup.layout).homes.tolist()
+        work = [0.0] * 4
+        for home, each in zip(homes, stages, strict=True):
+            work[home] += 8 * (each.forward[0] + each.backward[0])
+        ahead = sum(each.forward[0] + each.backward[0] - each.weight[0] for each in stages)
+        step = found.step_ns(lanes)[0]
+        assert step >= max(*work, ahead)
+        assert step <= 2 * max(work) + 2 * ahead
+
+
+@pytest.mark.parametrize("recompute", get_args(Recompute))
+def test_the_weight_half_is_part_of_the_backward(recompute: Recompute) -> None:
+    setup = setup_of(pp=4, recompute=recompute, stack=replace(STACK, attention="unfused"))
+    for each in step_model(setup).stages(stack_lanes(STACK)):
+        assert 0.15 * each.backward[0] < each.weight[0] < 0.6 * each.backward[0]
+
+
+# Tiers of the machine and of its host.
+
+
+def _with_host(cluster: ClusterSpec) -> ClusterSpec:
+    """Return `cluster` with a fabric whose bytes the host's cores move."""
+    fabric = replace(cluster.inter_node or fabric_preset("roce100"), uses_host=True)
+    return replace(cluster, inter_node=fabric)
+
+
+@pytest.mark.parametrize(
+    ("tp", "uses_host", "crossing", "spanning"),
+    [(8, False, 0, 0), (16, False, 0, 16), (8, True, 8, 0), (16, True, 16, 16)],
+)
+def test_the_host_pays_for_tensor_collectives_by_member(
+    tp: int, uses_host: bool, crossing: int, spanning: int
+) -> None:
+    """Per member, where the group does not fit in a node and where the host moves the bytes."""
+    model = replace(SMALL, num_heads=16, num_kv_heads=16)
+    cluster = cluster_preset("h100-sxm", num_nodes=2)
+    cluster = _with_host(cluster) if uses_host else cluster
+    values = NEUTRAL | IDLE_HOST
+    host = {}
+    for name in ("crossing", "spanning"):
+        lanes = lanes_by_value([values | {name: value} for value in (1e5, 2e5)])
+        setup = setup_of(model, tp=tp, dp=16 // tp, cluster=cluster)
+        found = stage(setup, lanes)
+        host[name] = (found.forward[1] - found.forward[0]) / 1e8
+    # Two collectives a layer and one behind the embedding.
+    assert host["crossing"] == pytest.approx(17 * crossing, abs=0.01)
+    assert host["spanning"] == pytest.approx(17 * spanning, abs=0.01)
+
+
+def test_a_message_costs_the_host_of_a_node_at_most_a_tenth_of_a_millisecond() -> None:
+    lanes = lanes_by_value([NEUTRAL | IDLE_HOST | {"message": us} for us in (0.0, 1e5)])
+    for dp, most in ((1, 1e5), (8, 1e8)):
+        found = step_model(setup_of(pp=2, dp=dp)).stages(lanes)
+        assert found[0].forward[1] == pytest.approx(max(found[0].forward[0], most), rel=0.06)
+
+
+@pytest.mark.parametrize("node", cluster_presets())
+def test_every_accelerator_is_known(node: str) -> None:
+    dtype: Any = "fp16" if node == "v100-dgx2" else "bf16"
+    assert step_ns(setup_of(node=node, dp=2, tp=2, pp=2, dtype=dtype)) > 0
+
+
+def test_scalars_stretch_what_they_name() -> None:
+    """A step of memory-bound work alone doubles with `memory`, and so on for the links."""
+    setup = setup_of(tp=2, dp=16, sharding="zero1", stack=BUSY)
+    for category, name in ((MEMORY, "memory"), (INTRA, "intra"), (INTER, "inter")):
+        alone = {other: 0.0 for other in ("matmul", "attention", "memory", "intra", "inter")}
+        values = [NEUTRAL | IDLE_HOST | alone | {name: factor} for factor in (1.0, 2.0)]
+        one, two = step_model(setup).step_ns(lanes_by_value(values))
+        assert two == pytest.approx(2 * one, rel=1e-3), category
