@@ -135,9 +135,9 @@ def reproduce(study: Study, prefix: str) -> Section:
             lines += [f"layline simulate {path}", f"layline report {path} -o report.html"]
     text = (
         f"The plan file holds everything: inputs, layout, schedule, costs and the seed "
-        f"({study.best.plan.seed}). `layline run` refuses a plan that was edited."
+        f"({study.best.plan.seed}). No command takes one that was edited."
     )
-    blocks += [Text(text=text.replace("`", "")), Commands(lines=tuple(lines))]
+    blocks += [Text(text=text), Commands(lines=tuple(lines))]
     return Section(
         question="How can it be repeated?", anchor=f"{prefix}repeat", blocks=tuple(blocks)
     )

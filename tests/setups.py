@@ -27,7 +27,7 @@ GPT = replace(SMALL, num_kv_heads=16, norm="layernorm", mlp="gelu", positions="l
               has_biases=True, tied_embeddings=True)  # fmt: skip
 MOE = replace(SMALL, ffn=2048, num_experts=8, experts_per_token=2)
 
-IDLE_HOST: Mapping[str, float] = {
+IDLE_HOST = {
     "launch": 0.0, "exposed": 0.0, "step": 0.0, "message": 0.0, "crossing": 0.0, "spanning": 0.0,
 }  # fmt: skip
 """A host that takes nothing, and overlap that is perfect: what is left is in closed form."""
@@ -40,7 +40,7 @@ def scalars(values: Mapping[str, float]) -> dict[str, Scalar]:
 
 
 STACK = StackSpec(
-    name="made up", overlaps_gradients=False, gradient_bucket_bytes=25 << 20, fuses_norms=True,
+    name="made up", overlaps_gradients=False, gradient_bucket_bytes=1 << 40, fuses_norms=True,
     fusion="fused", gradient_bytes=4, reduction_bytes=4, master_bytes=4, moment_bytes=8,
     scalars=scalars(IDLE_HOST), source="made up for tests", date="2026-01-01",
 )  # fmt: skip
@@ -144,6 +144,7 @@ def stacks(draw: st.DrawFn) -> StackSpec:
         fusion=draw(st.sampled_from(("eager", "fused", "compiled"))),
         attention=draw(st.sampled_from(("unfused", "flash2", "flash3"))),
         fuses_norms=draw(st.booleans()),
+        gradient_bucket_bytes=draw(st.sampled_from((25 << 20, 1 << 30))),
         gradient_bytes=draw(st.sampled_from((0, 2, 4))),
         reduction_bytes=draw(st.sampled_from((0, 2, 4))),
         master_bytes=draw(st.sampled_from((0, 4))),

@@ -85,7 +85,7 @@ def test_what_is_waited_for_tells_the_part() -> None:
     last = stage(forward=10, backward=20, send_backward=4, all_reduce=6, optimizer=2)
     found = of(without_peak(layout=layout, costs=(first, last)))
     assert found.step_ns == 68 * US
-    # The last rank ends 24 us before the first, and does 8 of them.
+    # Of 68 us the first rank is busy for 30, the last for 38, and starts and ends in between.
     assert dict(found.parts_ns) == {
         "work": 30 * US,
         "exchange": 0,
@@ -183,8 +183,8 @@ def test_a_prediction_and_a_plan_lose_the_step_to_the_same(setup: Setup) -> None
             assert found[part] == pytest.approx(expected[part], abs=2 * slack_ns)
 
 
-def test_a_published_run_goes_where_its_configuration_says() -> None:
-    # Full recomputation makes a third of the forward's share again: HFU / MFU is near 4 / 3.
+def test_full_recomputation_is_hardware_that_the_model_has_nothing_of() -> None:
+    # All of the forward but the head is made again: HFU / MFU is a little below 4 / 3.
     setup = setup_of(dp=2, tp=8, pp=2, recompute="full", sequence_parallel=True)
     found = of(plan_of(setup))
     assert found.mfu is not None

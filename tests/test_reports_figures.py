@@ -2,16 +2,19 @@
 
 import re
 from collections.abc import Callable
+from dataclasses import replace
 from typing import get_args
 from xml.etree import ElementTree
 
 import pytest
 
 from planner.lower import simulate_plan
+from planner.waterfall import PARTS, PARTS_WITHOUT_PEAK, Waterfall
 from reports.compare import compare
 from reports.figures import (
     MAX_ROWS,
     IntervalRow,
+    cascade,
     intervals,
     kind_bars,
     memory_bars,
@@ -20,8 +23,8 @@ from reports.figures import (
     step_curves,
 )
 from reports.gantt import gantt
-from reports.svg import KIND_COLOURS, MEMORY_COLOURS
-from reports.words import KIND_NAMES
+from reports.svg import KIND_COLOURS, MEMORY_COLOURS, PART_COLOURS
+from reports.words import KIND_NAMES, PART_NAMES, duration
 from simulator.timeline import Kind, Span, Timeline
 from tests.machine import interleaved_plan
 from tests.runs import MIB, MS, make_layout, make_plan, make_record, predict
@@ -50,6 +53,10 @@ ROWS = (
         measured_ns=(),
     ),
 )
+LOST = Waterfall(
+    parts_ns={part: (place + 1) * MS for place, part in enumerate(PARTS)}, mfu=0.4, hfu=0.5
+)
+PEAKLESS = dict.fromkeys(PARTS_WITHOUT_PEAK, 0) | {"work": 5 * MS, "host": MS}
 FIGURES: dict[str, Callable[[], str]] = {
     "gantt": lambda: gantt("a", PLAN, PREDICTED, RECORD.timeline),
     "gantt of a plan": lambda: gantt("a", PLAN, PREDICTED, None),
@@ -58,6 +65,8 @@ FIGURES: dict[str, Callable[[], str]] = {
     "memory of a plan": lambda: memory_bars("a", memory_rows(PLAN, None), 10**12),
     "steps": lambda: step_curves("a", COMPARISON, RECORD),
     "intervals": lambda: intervals("a", "a <label>", ROWS),
+    "cascade": lambda: cascade("a", LOST),
+    "cascade without a peak": lambda: cascade("a", replace(LOST, parts_ns=PEAKLESS)),
 }
 
 
@@ -82,6 +91,39 @@ def test_every_kind_and_every_part_of_memory_has_its_own_colour() -> None:
     assert len(set(KIND_COLOURS.values())) == len(KIND_COLOURS)
     assert sum(dict(memory_rows(PLAN, None)[0].parts).values()) == PLAN.memory[0].total
     assert len(set(MEMORY_COLOURS.values())) == len(MEMORY_COLOURS)
+
+
+def test_memory_is_drawn_as_it_lies_at_the_peak() -> None:
+    (memory, *_) = PLAN.memory
+    memory = replace(memory, buffers=3 * MIB, reserve=5 * MIB, update=7 * MIB)
+    for update, shown in ((7, {"activations", "temporary"}), (999, {"update"})):
+        rank = replace(memory, update=update * MIB)
+        parts = dict(memory_rows(replace(PLAN, memory=(rank, rank)), None)[0].parts)
+        assert sum(parts.values()) == rank.total
+        drawn = {part for part, size_bytes in parts.items() if size_bytes}
+        assert drawn & {"activations", "temporary", "update"} == shown
+    svg = memory_bars("a", memory_rows(replace(PLAN, memory=(memory, memory)), None), 10**12)
+    assert ">buffers<" in svg and ">reserve<" in svg and ">update<" not in svg
+
+
+def test_the_parts_of_a_step_are_named_one_below_the_other() -> None:
+    assert set(PART_NAMES) == {*PARTS, *PARTS_WITHOUT_PEAK} == set(PART_COLOURS)
+    svg = cascade("a", LOST)
+    for part in PARTS:
+        assert f">{PART_NAMES[part]}<" in svg
+        assert PART_COLOURS[part] in svg
+    # The 8 ms of the last part are 8 / 36 of the step.
+    assert f">{duration(8 * MS)}<" in svg
+    assert ">22.2 %<" in svg
+    # A part that the peak was not enough for goes back to the left.
+    negative = {**LOST.parts_ns, "kernels": -MS}
+    ElementTree.fromstring(cascade("a", replace(LOST, parts_ns=negative)))
+
+
+def test_a_long_label_keeps_both_of_its_ends() -> None:
+    one, other = (f"dp=2,tp=8,pp=8,{'v' * 60},recompute=full,mb={n}x384" for n in (1, 2))
+    svg = intervals("a", "a", [replace(ROWS[0], label=one), replace(ROWS[0], label=other)])
+    assert len(re.findall(r">dp=2,tp=8,pp=8,v+\.\.\.[a-z=,]*,mb=[12]x384<", svg)) == 2
 
 
 def test_every_kind_of_a_timeline_is_drawn_and_named() -> None:

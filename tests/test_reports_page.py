@@ -8,14 +8,16 @@ from pathlib import Path
 import pytest
 
 from planner.layout import Layout
-from planner.lower import simulate_plan
+from planner.lower import simulate_plan, simulation_of
 from planner.plan import Plan, save_plan, seal
+from planner.waterfall import waterfall
 from profiles.errors import InvalidInputError
 from profiles.files import canonical_json
 from reports.compare import compare
 from reports.page import build_report, render_report
 from reports.views import PlanView, RunView, order_agreement, studies
-from reports.words import duration, size
+from reports.words import PART_NAMES, duration, size, utilization_text
+from simulator.idle import stream_uses
 from tests.machine import interleaved_plan
 from tests.runs import make_layout, make_plan, make_record
 
@@ -109,6 +111,19 @@ def test_an_extrapolated_plan_says_so() -> None:
     text = text_of(render_report([], [plan_view(make_plan(is_extrapolated=True))]))
     assert "Confidence: extrapolated." in text
     assert "nobody has run it yet" in text
+
+
+def test_the_parts_of_the_step_and_their_formula_are_there() -> None:
+    view = run_view(make_layout(dp=2, pp=2))
+    found = waterfall(view.plan, stream_uses(simulation_of(view.plan)))
+    sentence = utilization_text(view.plan, found)
+    assert sentence.startswith(f"MFU {100 * (found.mfu or 0):.1f} %, HFU ")
+    assert sentence.endswith("(step x 4 ranks x 100.0 GFLOP/s dense fp32)")
+    assert sentence in text_of(ONE)
+    assert text_of(MANY).count("What the predicted step goes to") == 3
+    for part, ns in found.parts_ns.items():
+        assert f">{PART_NAMES[part]}<" in ONE
+        assert f">{duration(ns)}<" in ONE
 
 
 def test_hostile_names_are_escaped() -> None:

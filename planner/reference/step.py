@@ -1,5 +1,6 @@
 """One optimizer step: stages of layers, the pipeline over them, and what data parallelism adds."""
 
+import math
 from functools import lru_cache
 from typing import NamedTuple, final
 
@@ -11,7 +12,7 @@ from planner.reference.program import COMPUTE, EXCHANGE, MATMUL, MEMORY, Duratio
 from planner.reference.work import RankWork
 from planner.schedules import SCHEDULES
 from profiles.cluster import ClusterSpec
-from profiles.kernel_curves import memory_pass
+from profiles.kernel_curves import Estimate, memory_pass
 from profiles.model import ModelSpec
 from profiles.stack import StackSpec
 from profiles.workload import Workload
@@ -227,7 +228,7 @@ class StepModel:
         """Return what is left of the data-parallel traffic of a step, gradients and parameters."""
         layout, stack = self.layout, self.stack
         is_sharded = layout.sharding != "none"
-        category, time = self.places.replicas(
+        category, time = self._in_buckets(
             "reduce_scatter" if is_sharded else "all_reduce", parameters * self.reduction_bytes
         )
         left = _left(
@@ -235,7 +236,7 @@ class StepModel:
             lanes.exposed,
         )  # fmt: skip
         if is_sharded:
-            category, time = self.places.replicas("all_gather", parameters * self.stored)
+            category, time = self._in_buckets("all_gather", parameters * self.stored)
             left = left + _left(
                 time.ns * lanes.factor[category], forward_ns, num_layers,
                 stack.overlaps_parameters, lanes.exposed,
@@ -246,6 +247,12 @@ class StepModel:
                 )
                 left = left + time.ns * lanes.factor[category]
         return left
+
+    def _in_buckets(self, kind: str, size_bytes: float) -> tuple[int, Estimate]:
+        """Return category and time of a collective among the replicas, bucket after bucket."""
+        count = max(1, math.ceil(size_bytes / self.stack.gradient_bucket_bytes))
+        category, time = self.places.replicas(kind, size_bytes / count)
+        return category, time._replace(ns=count * time.ns)
 
     def _optimizer(self, parameters: int, lanes: Lanes) -> Floats:
         """Return clipping, AdamW and zeroing: what each must read and write of its owner's share.

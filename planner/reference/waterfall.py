@@ -1,13 +1,13 @@
 """Where a predicted step goes: from the arithmetic at peak rate to all that is lost."""
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 
 import numpy as np
 
 from planner.flops import peak_flops_per_s, step_flops
 from planner.reference.program import INTER, INTRA, MEMORY, Floats, Lanes
-from planner.reference.step import StageNs, StepModel
+from planner.reference.step import StageNs, StepModel, built
 from planner.setup import Setup
 
 PARTS = ("peak", "recompute", "kernels", "memory", "exchange", "launch", "pipeline", "reduction",
@@ -35,7 +35,7 @@ def waterfall(setup: Setup, model: StepModel, lanes: Lanes, step_ns: int) -> Map
         / pp
         for i in range(len(_LANES))
     ]
-    tail = _busiest(stages)
+    tail = _busiest(built(setup.layout).homes.tolist(), stages)
     sums = [peak / rate, again / rate, *work]
     rest = step_ns - float(lanes.step[0]) - tail[0] - tail[1]
     sums += [rest, rest + tail[0], rest + tail[0] + tail[1], float(step_ns)]
@@ -45,11 +45,13 @@ def waterfall(setup: Setup, model: StepModel, lanes: Lanes, step_ns: int) -> Map
     }
 
 
-def _busiest(stages: tuple[StageNs, ...]) -> tuple[float, float]:
-    """Return reduction and optimizer of the stage that spends most on them."""
-    return max(
-        ((float(stage.reduction[-1]), float(stage.optimizer[-1])) for stage in stages), key=sum
-    )
+def _busiest(homes: Sequence[int], stages: Sequence[StageNs]) -> tuple[float, float]:
+    """Return reduction and optimizer of the rank that spends most on those of its stages."""
+    tails = np.zeros((max(homes) + 1, 2))
+    for home, stage in zip(homes, stages, strict=True):
+        tails[home] += stage.reduction[-1], stage.optimizer[-1]
+    reduction, optimizer = tails[np.argmax(tails.sum(axis=1))]
+    return float(reduction), float(optimizer)
 
 
 def _growing(lanes: Lanes) -> Lanes:
