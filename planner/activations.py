@@ -9,7 +9,7 @@ from typing import NamedTuple, Self
 from planner.kernels import StageShape
 from planner.layout import Layout
 from profiles.model import ModelSpec
-from profiles.stack import Attention, Fusion, Recompute, StackSpec
+from profiles.stack import Attention, Fusion, Recompute, Selective, StackSpec
 from profiles.workload import DTYPE_BYTES, Workload
 
 
@@ -61,7 +61,9 @@ class LayerActivations(NamedTuple):
 
     `inputs` are those of the two norms, that is the residual stream; `norms` is what norms and the
     dropouts of the residuals keep else; `scores` are the attention probabilities, where they are
-    materialised.
+    materialised. `operators` is not a part of the rest but what stays of it when operators are
+    recomputed selectively: the layer's input, query, value and gate, and the outputs of attention
+    and MLP.
     """
 
     inputs: int
@@ -69,23 +71,26 @@ class LayerActivations(NamedTuple):
     attention: int
     scores: int
     mlp: int
+    operators: int
 
     @property
     def total(self) -> int:
         """All of it."""
-        return sum(self)
+        return self.inputs + self.norms + self.attention + self.scores + self.mlp
 
-    def kept(self, recompute: Recompute) -> int:
+    def kept(self, recompute: Recompute, selective: Selective = "scores") -> int:
         """Return what is kept when the backward makes the rest again.
 
         Full recomputation keeps the layer's input, selective one all but the scores.
 
-        >>> LayerActivations(2, 4, 8, 16, 32).kept("selective")
+        >>> LayerActivations(2, 4, 8, 16, 32, 5).kept("selective")
         46
         """
         if recompute == "full":
             return self.inputs // 2
-        return self.total - (self.scores if recompute == "selective" else 0)
+        if recompute == "none":
+            return self.total
+        return self.operators if selective == "operators" else self.total - self.scores
 
 
 def layer_activations(
@@ -110,6 +115,8 @@ def layer_activations(
         attention=size.rows * ((2 * size.q_width + 2 * size.kv_width) * size.element + log_sums),
         scores=pairs * (2 * size.element + 1),
         mlp=_mlp_bytes(model, size, fusion),
+        operators=2 * size.between * wide
+        + size.rows * ((2 * size.q_width + size.kv_width + size.ffn) * size.element + log_sums),
     )
 
 
@@ -167,7 +174,7 @@ def stage_activation_bytes(
 ) -> tuple[int, ...]:
     """Return what each stage keeps of one micro-batch from its forward to its backward."""
     size = Sizes.of(model, workload, layout)
-    layer = layer_of(model, size, stack).kept(layout.recompute)
+    layer = layer_of(model, size, stack).kept(layout.recompute, stack.selective)
     head = head_activations(
         model, size, fusion=stack.fusion, fuses_norms=stack.fuses_norms, fuses_loss=stack.fuses_loss
     )

@@ -188,7 +188,8 @@ def _working_bytes(model: ModelSpec, size: Sizes, layout: Layout, stack: StackSp
     layer = layer_of(model, size, stack)
     pairs = layer.scores // (2 * size.element + 1)
     gradients = size.element * max(3 * size.rows * size.ffn, pairs)
-    return layer.total - layer.kept(layout.recompute) + gradients + 4 * _whole(model, size, layout)
+    again = layer.total - layer.kept(layout.recompute, stack.selective)
+    return again + gradients + 4 * _whole(model, size, layout)
 
 
 def _exchange_bytes(model: ModelSpec, size: Sizes, layout: Layout) -> int:

@@ -110,6 +110,30 @@ def _check(setup: Setup) -> None:
         raise UnsupportedError(
             f"the layout has {layout.num_ranks} ranks, the cluster {setup.cluster.num_ranks}"
         )
+    _check_shares(setup)
+
+
+def _check_shares(setup: Setup) -> None:
+    """Raise UnsupportedError where ranks would not have equal shares, or work of no meaning."""
+    layout, model, gpu = setup.layout, setup.model, setup.cluster.pools[0].gpu
+    if setup.workload.dtype not in gpu.peak_flops_per_s:
+        raise UnsupportedError(
+            f"dtype is {setup.workload.dtype}; {gpu.name} has {', '.join(gpu.peak_flops_per_s)}"
+        )
+    if layout.global_batch != setup.workload.global_batch:
+        raise UnsupportedError(
+            f"the layout trains on {layout.global_batch} sequences a step, "
+            f"the workload on {setup.workload.global_batch}"
+        )
+    for count, what, by, axis in (
+        (model.num_heads, "heads", layout.tp, "tp"), (model.ffn, "ffn", layout.tp, "tp"),
+        (setup.workload.seq_len, "seq_len", layout.cp, "cp"),
+        (model.num_experts or 1, "experts", layout.ep, "ep"),
+        (layout.replicas, "dp x cp", layout.ep, "ep"),
+        (layout.replicas, "dp x cp", layout.shard_ranks, "the shard group"),
+    ):  # fmt: skip
+        if count % by:
+            raise UnsupportedError(f"{what} is {count}, no multiple of {axis} ({by})")
 
 
 __all__ = ["Prediction", "Setup", "likeliest", "memory_of", "predict", "step_model"]

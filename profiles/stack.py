@@ -9,6 +9,7 @@ Fusion = Literal["eager", "fused", "compiled"]
 Sharding = Literal["none", "zero1", "zero2", "zero3"]
 Partition = Literal["even", "slots", "cost"]
 Recompute = Literal["none", "selective", "full"]
+Selective = Literal["scores", "operators"]
 TensorOverlap = Literal["none", "backward", "all"]
 MemoryLog = Literal["device", "reserved", "allocated", "update"]
 
@@ -82,7 +83,8 @@ class StackSpec:
 
     `partition` is the rule by which layers are dealt to pipeline stages (`planner.partition`).
     `sharding`, `recompute` and `interleaves` (several stages a pipeline rank) are what it does
-    unless told otherwise.
+    unless told otherwise. `selective` says what selective recomputation makes again: the attention
+    scores (Megatron), or all operators but the attention and every second product (torchtitan).
 
     `scalars` holds what `layline calibrate` found, by the names in `SCALARS`: of those that the
     stack `calibrates`, at most eight; the others have the value that all stacks share.
@@ -109,6 +111,7 @@ class StackSpec:
     logs_memory: MemoryLog = "device"
     sharding: Sharding = "none"
     recompute: Recompute = "none"
+    selective: Selective = "scores"
     partition: Partition = "even"
     interleaves: bool = False
     calibrates: tuple[str, ...] = USUAL_SCALARS

@@ -84,6 +84,9 @@ def read_layout(
     if (actions := pp * stages_per_rank * num_microbatches) > _MAX_ACTIONS:
         raise UnsupportedError(f"stages x micro-batches are {actions}, above {_MAX_ACTIONS:,}")
     sharding = shared.sharding if shared else stack.sharding
+    if sharding == "zero3" and pp > 1:
+        sharding = "zero2"
+        remarks += ("parameters stay gathered through a pipeline's step",)
     stated = shared.group if shared else 0
     group = max(1, gpus_per_node // tp) if stated == "node" else stated
     if group and dp * cp % group:

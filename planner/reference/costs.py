@@ -112,13 +112,12 @@ class ReferenceCosts:
         spread = _Spread(band_of(self.stack.name, self.gpu.name, is_extrapolated), is_extrapolated)
         send_ns = float(step.send_ns(self._lanes)[REAL]) if layout.num_stages > 1 else 0.0
         found = step.stages(self._lanes)
-        alike = {
-            id(stage): self._stage_cost(
-                stage, spread, send_ns, stage is found[0], stage is found[-1]
-            )
-            for stage in found
+        alike = {id(stage): stage for stage in found}
+        costs = {
+            key: self._stage_cost(stage, spread, send_ns, stage is found[0], stage is found[-1])
+            for key, stage in alike.items()
         }
-        return tuple(alike[id(stage)] for stage in found)
+        return tuple(costs[id(stage)] for stage in found)
 
     def _stage_cost(
         self, stage: StageNs, spread: "_Spread", send_ns: float, is_first: bool, is_last: bool
@@ -195,7 +194,8 @@ def reference_costs(job: Job) -> ReferenceCosts:
         )
     if dtype not in gpu.peak_flops_per_s:
         raise UnsupportedError(
-            f"workload.dtype is {dtype}; {gpu.name} has {', '.join(sorted(gpu.peak_flops_per_s))}"
+            f"workload.dtype is {dtype}; {gpu.name} has {', '.join(sorted(gpu.peak_flops_per_s))}: "
+            "use one of these, or another GPU"
         )
     return ReferenceCosts(model=job.model, workload=job.workload, stack=job.stack, cluster=cluster)
 

@@ -80,8 +80,8 @@ class RankWork:
         if self.layout.recompute == "full":
             program.calls += RECOMPUTE_CALLS
             self._layer_forward(program)
-        elif self.layout.recompute == "selective" and self.stack.attention == "unfused":
-            self._attention(program, "forward")
+        elif self.layout.recompute == "selective":
+            self._selected_again(program)
         program.calls += LAYER_CALLS[self.stack.fusion]
         self._pass(program, "residual", "backward", self.between * self.h)
         self._mlp_backward(program)
@@ -93,6 +93,28 @@ class RankWork:
             self._pass(program, "rope", "backward", self.m * (self.q + self.kv))
         self._column_backward(program, self.m, self.q + 2 * self.kv, self.h)
         self._norm(program, "backward")
+
+    def _selected_again(self, program: Program) -> None:
+        """Make again what selective recomputation did not keep.
+
+        Unfused scores; or everything but the attention and the products of query, value, gate and
+        output of the MLP, the first, third, fifth and seventh of a layer.
+        """
+        if self.stack.selective == "scores":
+            if self.stack.attention == "unfused":
+                self._attention(program, "forward")
+            return
+        program.calls += RECOMPUTE_CALLS
+        self._norm(program, "forward")
+        self._product(program, self.m, self.kv, self.h, 1)
+        if self.model.positions == "rope":
+            self._pass(program, "rope", "forward", self.m * (self.q + self.kv))
+        self._product(program, self.m, self.h, self.q, 1)
+        self._pass(program, "residual", "forward", self.between * self.h)
+        self._norm(program, "forward")
+        for rows, count in self._experts():
+            self._product(program, rows, self.f, self.h, count)
+            self._pass(program, self.model.mlp, "forward", count * rows * self.f)
 
     def _mlp_forward(self, program: Program) -> None:
         self._dispatch(program)
