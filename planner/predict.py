@@ -7,8 +7,8 @@ from planner.interval import band_of
 from planner.memory import context_bytes, peak_memory
 from planner.plan import PeakMemory
 from planner.reference.program import stack_lanes
-from planner.reference.step import StepModel, built
-from planner.reference.waterfall import waterfall
+from planner.reference.step import StageNs, StepModel, built
+from planner.reference.waterfall import growing, waterfall
 from planner.schedules import SCHEDULES
 from planner.setup import Setup
 from profiles.errors import UnsupportedError
@@ -45,9 +45,10 @@ def predict(setup: Setup) -> Prediction:
     (True, True)
     """
     _check(setup)
-    model = step_model(setup)
-    lanes = stack_lanes(setup.stack)
-    step_ns = round(float(model.step_ns(lanes)[0]))
+    model, lanes = step_model(setup), stack_lanes(setup.stack)
+    grown = model.stages(growing(lanes))
+    whole = tuple(StageNs(*(part[-1:] for part in stage)) for stage in grown)
+    step_ns = round(float(model.step_of(whole, lanes)[0]))
     band = band_of(setup.stack.name, setup.cluster.pools[0].gpu.name, model.is_extrapolated)
     return Prediction(
         step=Cost(
@@ -57,7 +58,7 @@ def predict(setup: Setup) -> Prediction:
             is_extrapolated=model.is_extrapolated,
         ),
         memory=memory_of(setup),
-        parts=waterfall(setup, model, lanes, step_ns),
+        parts=waterfall(setup, grown, float(lanes.step[0]), step_ns),
     )
 
 

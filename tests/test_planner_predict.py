@@ -36,8 +36,12 @@ from tests.setups import (
 
 SPLIT = ("zb_h1", "zb_h2", "zb_v", "dual_pipe_v")
 """Schedules that do the weight half of a backward apart."""
-A_MESH, SUMMING_SWITCHES = ("mi300x",), ("h100-sxm", "h200-sxm", "b200-sxm", "gb200-nvl72",
-                                         "b300-sxm", "gb300-nvl72")  # fmt: skip
+PLAIN_LINKS = ("v100-dgx2", "a100-sxm-40gb", "a100-sxm-80gb", "l40s")
+"""Nodes whose links carry as much for any number of ranks.
+
+Not so a mesh, which has more links the more ranks there are, nor a switch that sums (NVLink 4 and
+later), which takes over from the ring between four ranks and eight.
+"""
 
 
 # What must hold for any setup.
@@ -57,9 +61,7 @@ def test_every_time_is_a_number_and_the_step_is_positive(setup: Setup) -> None:
 
 @settings(max_examples=60)
 @given(setups(), st.lists(values_of_scalars(), min_size=2, max_size=5))
-def test_lanes_side_by_side_equal_one_by_one(
-    setup: Setup, values: list[dict[str, float]]
-) -> None:
+def test_lanes_side_by_side_equal_one_by_one(setup: Setup, values: list[dict[str, float]]) -> None:
     found = step_model(setup)
     together = found.step_ns(lanes_by_value(values))
     alone = [found.step_ns(lanes_by_value([one]))[0] for one in values]
@@ -71,10 +73,10 @@ def test_lanes_side_by_side_equal_one_by_one(
 def test_a_larger_scalar_never_makes_the_step_shorter(
     setup: Setup, values: dict[str, float], more: float
 ) -> None:
-    """All scalars at once, each alone. Products are left out where their weight half is done apart:
+    """Each alone; but products not where the weight half of a backward is done apart.
 
-    a longer weight half of a backward that the host or the network binds, and which does not grow,
-    leaves less for the half that the next stage waits for.
+    Of a backward that the host or the network binds, and which does not grow with them, a longer
+    weight half leaves less for the half that the next stage waits for.
     """
     names = [name for name in SCALARS if name != "matmul" or setup.layout.schedule not in SPLIT]
     larger = [
@@ -83,22 +85,18 @@ def test_a_larger_scalar_never_makes_the_step_shorter(
     ]
     base, *steps = step_model(setup).step_ns(lanes_by_value([values, *larger]))
     for name, ns in zip(names, steps, strict=True):
-        # A nanosecond for each rounding on the way.
-        assert ns >= base - 2 * sum(setup.layout.stage_layers) - 20 * setup.layout.num_microbatches, name
+        # What is lost to rounding, a nanosecond an action and a unit.
+        assert ns >= base - 1000, name
 
 
 @settings(max_examples=60)
-@given(setups(), st.sampled_from(("none", *SHARDED)))
+@given(setups(), st.sampled_from(get_args(Sharding)))
 def test_more_replicas_with_as_much_work_each_are_never_faster(
     setup: Setup, sharding: Sharding
 ) -> None:
-    """But for the update of a smaller share; where a link carries as much for any number of ranks.
-
-    Not so in a mesh, which has more links the more ranks there are, and where a switch that sums
-    (NVLink 4 and later) takes over from the ring, measured from four ranks to eight.
-    """
+    """But for the update, of a smaller share."""
     node = setup.cluster.name
-    assume(node in ("v100-dgx2", "a100-sxm-40gb", "a100-sxm-80gb", "l40s"))
+    assume(node in PLAIN_LINKS)
     layout = replace(setup.layout, sharding=sharding, shard_group=0, ep=1)
     model = replace(setup.model, num_experts=0, experts_per_token=0, num_shared_experts=0)
     more = replace(layout, dp=2 * layout.dp)
@@ -119,6 +117,8 @@ def test_recomputing_more_takes_longer_and_keeps_less(setup: Setup) -> None:
     none, selective, full = map(step_ns, found)
     assert none <= selective + 100
     assert selective <= full + 100
+    # A rank without layers is taken to need the working memory of one.
+    assume(min(setup.layout.stage_layers) > 0)
     for least, some, most in zip(*(memory_of(each) for each in found), strict=True):
         assert least.activations >= some.activations >= most.activations
         assert least.allocated >= some.allocated >= most.allocated

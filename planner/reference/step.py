@@ -67,7 +67,11 @@ class StepModel:
 
     def step_ns(self, lanes: Lanes) -> Floats:
         """Return the time of the step, float64 [L]."""
-        layout, stages = self.layout, self.stages(lanes)
+        return self.step_of(self.stages(lanes), lanes)
+
+    def step_of(self, stages: tuple[StageNs, ...], lanes: Lanes) -> Floats:
+        """Return the time of the step whose stages take `stages`, float64 [L]."""
+        layout = self.layout
         if layout.num_stages == 1:
             (only,) = stages
             microbatches = layout.num_microbatches * (only.forward + only.backward)

@@ -7,7 +7,7 @@ import numpy as np
 
 from planner.flops import peak_flops_per_s, step_flops
 from planner.reference.program import INTER, INTRA, MEMORY, Floats, Lanes
-from planner.reference.step import StageNs, StepModel, built
+from planner.reference.step import StageNs, built
 from planner.setup import Setup
 
 PARTS = ("peak", "recompute", "kernels", "memory", "exchange", "launch", "pipeline", "reduction",
@@ -16,30 +16,26 @@ PARTS = ("peak", "recompute", "kernels", "memory", "exchange", "launch", "pipeli
 _LANES = ("kernels", "memory", "exchange", "launch")
 
 
-def waterfall(setup: Setup, model: StepModel, lanes: Lanes, step_ns: int) -> Mapping[str, int]:
+def waterfall(
+    setup: Setup, stages: tuple[StageNs, ...], host_ns: float, step_ns: int
+) -> Mapping[str, int]:
     """Return the parts of a step of `step_ns` by name, in ns; they sum to it.
 
-    The stages are timed again and again, each time with one more loss: products and attention
-    alone, then with memory-bound kernels, collectives between ranks of a stage, host launches. Of
-    these the mean over the pipeline's ranks counts; what the pipeline adds to it is idling.
+    `stages` are timed in the lanes of `growing`: products and attention alone, then with
+    memory-bound kernels, collectives between ranks of a stage, host launches. Of these the mean
+    over the pipeline's ranks counts; what the pipeline adds to it is idling. `host_ns` is the
+    host's own part of the step.
     """
-    ranks = setup.layout.num_ranks
     peak = step_flops(setup, causal=True, recomputed=False)
     again = step_flops(setup, causal=True, recomputed=True)
-    rate = ranks * peak_flops_per_s(setup) / 1e9
-    stages = model.stages(_growing(lanes))
-    pp = setup.layout.pp
-    work = [
-        setup.layout.num_microbatches
-        * float(sum(s.forward[i] + s.backward[i] for s in stages))
-        / pp
-        for i in range(len(_LANES))
-    ]
-    tail = _busiest(built(setup.layout).homes.tolist(), stages)
-    sums = [peak / rate, again / rate, *work]
-    rest = step_ns - float(lanes.step[0]) - tail[0] - tail[1]
-    sums += [rest, rest + tail[0], rest + tail[0] + tail[1], float(step_ns)]
-    rounded = [round(value) for value in sums]
+    rate = setup.layout.num_ranks * peak_flops_per_s(setup) / 1e9
+    each = setup.layout.num_microbatches / setup.layout.pp
+    work = each * np.sum([stage.forward + stage.backward for stage in stages], axis=0)
+    reduction, optimizer = _busiest(built(setup.layout).homes.tolist(), stages)
+    optimized = step_ns - host_ns
+    reduced = optimized - optimizer
+    sums = [peak / rate, again / rate, *work, reduced - reduction, reduced, optimized, step_ns]
+    rounded = [round(float(value)) for value in sums]
     return {
         name: high - low for name, low, high in zip(PARTS, [0, *rounded[:-1]], rounded, strict=True)
     }
@@ -54,8 +50,11 @@ def _busiest(homes: Sequence[int], stages: Sequence[StageNs]) -> tuple[float, fl
     return float(reduction), float(optimizer)
 
 
-def _growing(lanes: Lanes) -> Lanes:
-    """Return lanes of one candidate with one more loss each, in the order of `_LANES`."""
+def growing(lanes: Lanes) -> Lanes:
+    """Return lanes of one candidate with one more loss each, in the order of `_LANES`.
+
+    The last one has all of them: it is the candidate itself.
+    """
     count = len(_LANES)
     factor: Floats = np.repeat(lanes.factor, count, axis=1)
     factor[MEMORY, :1] = 0.0
