@@ -9,22 +9,35 @@ def step_flops(setup: Setup, *, causal: bool, recomputed: bool) -> float:
     Three times the forward (itself and both halves of the backward): 2 for each matrix parameter a
     token meets, LM head in, embedding out, and 4 s a of attention, where s is the sequence length
     and a the width of all heads; half of that where only what is `causal` counts. `recomputed`
-    adds what the backward computes again: all of the layers, or an unfused attention (a fused one
-    always makes its scores again, as part of its own backward). With ffn = 4 h this is
+    adds what the backward computes again. With ffn = 4 h and all layers recomputed this is
     96 B s L h^2 (1 + s / 6h + V / 16Lh) of Megatron-LM (arXiv:2104.04473), which counts all of the
-    attention, and recomputes all layers.
+    attention.
     """
-    model, layout = setup.model, setup.layout
+    model = setup.model
     head = 2.0 * model.vocab * model.hidden
     layers = model.train_flops_per_token(0) / 3 - head
     width = model.num_layers * model.num_heads * model.head_size
     attention = (2.0 if causal else 4.0) * setup.workload.seq_len * width
     flops = 3 * (layers + attention + head)
-    if recomputed and layout.recompute == "full":
+    if recomputed and setup.layout.recompute == "full":
         flops += layers + attention
-    elif recomputed and layout.recompute == "selective" and setup.stack.attention == "unfused":
-        flops += attention
+    elif recomputed and setup.layout.recompute == "selective":
+        flops += _selected_again(setup, attention)
     return flops * setup.workload.tokens_per_step
+
+
+def _selected_again(setup: Setup, attention: float) -> float:
+    """Return the flops of a token that selective recomputation makes again.
+
+    The attention, unless it is fused: such a one always makes its scores again, as part of its own
+    backward. Or, of operators, the products of key, of the attention's output and into the MLP.
+    """
+    model, stack = setup.model, setup.stack
+    if stack.selective == "scores":
+        return attention if stack.attention == "unfused" else 0.0
+    mlps = model.experts_per_token + model.num_shared_experts if model.num_experts else 1
+    width = (model.num_heads + model.num_kv_heads) * model.head_size + mlps * model.ffn
+    return 2.0 * model.num_layers * model.hidden * width
 
 
 def peak_flops_per_s(setup: Setup) -> float:

@@ -68,7 +68,8 @@ class StackSpec:
     `fuses_norms` says whether a norm is one kernel; composed of several, it keeps the normalised
     input for its backward. `fuses_loss` says whether the loss turns the logits into their gradient
     in place; else it makes them again in fp32. `fusion` says of all memory-bound work between the
-    matrix products whether it is one kernel an operator, hand-fused, or what a compiler makes.
+    matrix products whether it is one kernel an operator, hand-fused, or what a compiler makes. With
+    `uses_cuda_graphs` the host launches a layer at once.
 
     A parameter takes its compute dtype, and of each of its owners `master_bytes` for a copy in full
     precision and `moment_bytes` for the optimizer's moments; its gradient is kept in
@@ -83,8 +84,11 @@ class StackSpec:
 
     `partition` is the rule by which layers are dealt to pipeline stages (`planner.partition`).
     `sharding`, `recompute` and `interleaves` (several stages a pipeline rank) are what it does
-    unless told otherwise. `selective` says what selective recomputation makes again: the attention
-    scores (Megatron), or all operators but the attention and every second product (torchtitan).
+    unless told otherwise; so is `shards_sequence`, sequence parallelism where there is tensor
+    parallelism. `pads_vocabulary` says whether each rank's part of it is always a multiple of 128
+    rows, or only where the ranks could not share it else. `selective` says what selective
+    recomputation makes again: the attention scores (Megatron), or all operators but the attention
+    and every second product (torchtitan).
 
     `scalars` holds what `layline calibrate` found, by the names in `SCALARS`: of those that the
     stack `calibrates`, at most eight; the others have the value that all stacks share.
@@ -114,6 +118,8 @@ class StackSpec:
     selective: Selective = "scores"
     partition: Partition = "even"
     interleaves: bool = False
+    shards_sequence: bool = False
+    pads_vocabulary: bool = False
     calibrates: tuple[str, ...] = USUAL_SCALARS
     scalars: Mapping[str, Scalar] = field(default_factory=dict)
 

@@ -16,7 +16,7 @@ from planner.setup import Setup
 from profiles.cluster import ClusterSpec
 from profiles.model import ModelSpec
 from profiles.presets import cluster_preset, cluster_presets
-from profiles.stack import SCALARS, Recompute, Scalar, Sharding, StackSpec
+from profiles.stack import SCALARS, Recompute, Scalar, Selective, Sharding, StackSpec
 from profiles.workload import DType, Workload
 
 SMALL = ModelSpec(
@@ -143,6 +143,7 @@ def stacks(draw: st.DrawFn) -> StackSpec:
         tensor_overlap=draw(st.sampled_from(("none", "backward", "all"))),
         fusion=draw(st.sampled_from(("eager", "fused", "compiled"))),
         attention=draw(st.sampled_from(("unfused", "flash2", "flash3"))),
+        selective=draw(st.sampled_from(get_args(Selective))),
         fuses_norms=draw(st.booleans()),
         gradient_bucket_bytes=draw(st.sampled_from((25 << 20, 1 << 30))),
         gradient_bytes=draw(st.sampled_from((0, 2, 4))),

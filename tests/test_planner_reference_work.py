@@ -77,7 +77,7 @@ def elapsed(block: Block, setup: Setup) -> float:
 
 @pytest.mark.usefixtures("counted")
 @pytest.mark.parametrize("recompute", MODES)
-@pytest.mark.parametrize("stack", [STACK, UNFUSED])
+@pytest.mark.parametrize("stack", [STACK, UNFUSED, replace(STACK, selective="operators")])
 @pytest.mark.parametrize("axes", [{}, {"tp": 4}, {"cp": 8}, {"dp": 3, "tp": 2, "cp": 2}])
 @pytest.mark.parametrize("model", [SMALL, PLAIN_GPT])
 def test_the_kernels_of_all_ranks_do_the_flops_that_hfu_counts(

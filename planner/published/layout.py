@@ -8,7 +8,6 @@ from planner.layout import Layout
 from planner.partition import stages_by_rule
 from planner.published.model import whole
 from planner.published.words import (
-    SEQUENCE_PARALLEL_STACKS,
     SharedStates,
     read_schedule,
 )
@@ -110,7 +109,7 @@ def _is_sequence_parallel(cells: Mapping[str, str], tp: int, stack: StackSpec) -
     text = cells.get("sp", "").lower()
     if text in ("true", "yes", "1", "false", "no", "0"):
         return tp > 1 and text in ("true", "yes", "1")
-    return tp > 1 and stack.name in SEQUENCE_PARALLEL_STACKS
+    return tp > 1 and stack.shards_sequence
 
 
 def _read_schedule(

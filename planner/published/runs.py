@@ -20,7 +20,6 @@ from planner.published.machine import Machine, as_logged, read_machine
 from planner.published.metric import Measured, read_metric
 from planner.published.model import positive, read_model, whole
 from planner.published.words import (
-    PADDED_STACKS,
     StackName,
     read_attention,
     read_framework,
@@ -28,10 +27,9 @@ from planner.published.words import (
     read_recompute,
     read_sharding,
 )
-from planner.setup import Setup
+from planner.setup import Setup, padded
 from profiles.errors import InvalidInputError, Problem, UnsupportedError
 from profiles.files import MAX_FILE_BYTES
-from profiles.model import ModelSpec
 from profiles.presets import stack_preset
 from profiles.stack import Attention, MemoryLog, Recompute, StackSpec
 from profiles.workload import DType, Workload
@@ -163,7 +161,7 @@ def _read_setups(cells: Mapping[str, str]) -> tuple[tuple[Setup, ...], tuple[str
     named = _before_fix(named, degrees.pp, get("notes", ""))
     stack = _read_stack(cells, named.name, machine)
     recompute = read_recompute(get("recompute", "")[:200])
-    model = _padded(shape.model, stack.name, degrees.tp)
+    model = padded(shape.model, stack.pads_vocabulary, degrees.tp)
     layout, said = read_layout(
         cells, degrees, model, stack, shared, recompute or stack.recompute,
         machine.cluster.pools[0].gpus_per_node,
@@ -231,15 +229,6 @@ def _read_dtype(cells: Mapping[str, str], machine: Machine) -> tuple[DType, str]
             f"precision is {dtype}; {gpu.name} has {', '.join(gpu.peak_flops_per_s)}"
         )
     return dtype, ""
-
-
-@lru_cache(maxsize=4096)
-def _padded(model: ModelSpec, stack: str, tp: int) -> ModelSpec:
-    """Return the model with the vocabulary that its ranks hold: a whole number of rows each."""
-    if stack not in PADDED_STACKS and model.vocab % tp == 0:
-        return model
-    unit = 128 * tp
-    return replace(model, vocab=-(-model.vocab // unit) * unit)
 
 
 def _memory_log(notes: str, stack: StackSpec) -> MemoryLog:

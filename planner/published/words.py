@@ -12,15 +12,6 @@ from profiles.errors import UnsupportedError
 from profiles.stack import Attention, Recompute, Sharding
 from profiles.workload import DType
 
-SEQUENCE_PARALLEL_STACKS = frozenset({"megatron-2023", "nemo", "nanotron", "torchtitan"})
-"""Stacks that shard what lies between tensor-parallel blocks unless a run says otherwise."""
-
-PADDED_STACKS = frozenset({"megatron-2021", "megatron-2023", "megatron-deepspeed-2022", "nemo"})
-"""Stacks that pad the vocabulary to a multiple of 128 a tensor-parallel rank.
-
-Not vTrain's Megatron-DeepSpeed: its times at tp=1 show the slow products of an odd vocabulary.
-"""
-
 _HOPPER_OR_LATER = re.compile(r"h[12]00|g?b[23]00")
 
 

@@ -16,9 +16,9 @@ from planner.interval import Band, band_of
 from planner.layout import Layout
 from planner.memory import context_bytes
 from planner.plan import ProfileReference, StageCost
-from planner.published.words import PADDED_STACKS, SEQUENCE_PARALLEL_STACKS
 from planner.reference.program import Lanes, lanes_of
 from planner.reference.step import StageNs, StepModel
+from planner.setup import padded
 from profiles.cluster import ClusterSpec, GpuSpec
 from profiles.errors import UnsupportedError
 from profiles.files import digest
@@ -30,8 +30,6 @@ from profiles.stack import SCALARS, StackSpec
 from profiles.workload import Workload
 
 MEASUREMENTS = ("kernels.toml", "collectives.toml")
-VOCAB_ROWS = 128
-"""What the vocabulary of a rank is padded to a multiple of, where it is padded."""
 REAL, ALONE = range(2)
 """Lanes: a stage as it is, and without what its ranks exchange inside its layers."""
 EXCHANGES = frozenset({"intra", "inter", "crossing", "spanning"})
@@ -83,7 +81,7 @@ class ReferenceCosts:
             layout,
             sharding=self.stack.sharding if layout.replicas > 1 else "none",
             recompute=self.stack.recompute,
-            sequence_parallel=layout.tp > 1 and self.stack.name in SEQUENCE_PARALLEL_STACKS,
+            sequence_parallel=layout.tp > 1 and self.stack.shards_sequence,
         )
 
     def context_bytes(self, layout: Layout) -> int:
@@ -142,9 +140,7 @@ class ReferenceCosts:
 
     def _step(self, layout: Layout) -> StepModel:
         """Return the step of `layout`, whose ranks hold a whole number of vocabulary rows each."""
-        model, unit = self.model, VOCAB_ROWS * layout.tp
-        if self.stack.name in PADDED_STACKS or model.vocab % layout.tp:
-            model = replace(model, vocab=-(-model.vocab // unit) * unit)
+        model = padded(self.model, self.stack.pads_vocabulary, layout.tp)
         return StepModel(model, self.workload, layout, self.cluster, self.stack)
 
     @cached_property

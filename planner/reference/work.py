@@ -55,10 +55,17 @@ class RankWork:
     def blocks(self) -> dict[str, Block]:
         """Return the programs: `layer`, `embedding` and `head`, each `_forward` and `_backward`."""
         return {
-            f"{part}_{direction}": _block(getattr(self, f"_{part}_{direction}"))
+            f"{part}_{direction}": self._block(getattr(self, f"_{part}_{direction}"))
             for part in ("layer", "embedding", "head")
             for direction in ("forward", "backward")
         }
+
+    def _block(self, write: Callable[[Program], None]) -> Block:
+        program = Program()
+        write(program)
+        if self.stack.uses_cuda_graphs:
+            program.calls, program.tensor_calls = 1.0, 0
+        return program.block()
 
     # The layer, in the order in which its kernels run.
 
@@ -288,9 +295,3 @@ class RankWork:
         program.exchange(*self.places.tensor(kind, self.m * self.h * self.element))
         if waits:
             program.wait()
-
-
-def _block(write: Callable[[Program], None]) -> Block:
-    program = Program()
-    write(program)
-    return program.block()
