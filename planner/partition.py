@@ -34,7 +34,7 @@ def stages_by_rule(model: ModelSpec, num_stages: int, rule: Partition) -> tuple[
     `even` gives the first stages one more where the layers do not divide; `slots` counts the
     embedding and the head as a layer each (Megatron-Core's account_for_embedding_in_pipeline_split,
     DeepSpeed's `type:transformer|embedding`); `cost` fills stage after stage until its share of all
-    matrix parameters, the head's included, is passed (nanotron's build_model).
+    matrix parameters, the head's included, is reached (nanotron's build_model).
 
     >>> from profiles.presets import model_preset
     >>> model = model_preset("llama-3.1-405b")
@@ -56,11 +56,11 @@ def stages_by_rule(model: ModelSpec, num_stages: int, rule: Partition) -> tuple[
 def _filled(model: ModelSpec, num_stages: int) -> tuple[int, ...]:
     attention = 4 * model.num_heads * model.head_size * model.hidden
     layer = attention + model.num_mlp_parameters
-    share = (model.num_layers * layer + model.vocab * model.hidden) / num_stages
+    whole = model.num_layers * layer + model.vocab * model.hidden
     counts, stage, passed = [0] * num_stages, 0, 0
     for _ in range(model.num_layers):
         counts[stage] += 1
         passed += layer
-        if passed >= share * (stage + 1) and stage < num_stages - 1:
+        if passed * num_stages >= whole * (stage + 1) and stage < num_stages - 1:
             stage += 1
     return tuple(counts)

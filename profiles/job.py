@@ -26,7 +26,7 @@ from profiles.job_schema import (
 from profiles.model import ModelSpec
 from profiles.presets import stack_preset
 from profiles.stack import StackSpec
-from profiles.workload import Workload
+from profiles.workload import DTYPE_BYTES, Workload
 
 MAX_JOB_BYTES = 8_000_000
 MAX_DEPTH = 20
@@ -263,7 +263,7 @@ def _check_together(
                   "use fewer nodes")  # fmt: skip
     for pool in cluster.pools:
         peaks = pool.gpu.peak_flops_per_s
-        if not cluster.is_local and dtype in ("fp32", "bf16") and dtype not in peaks:
+        if not cluster.is_local and dtype in DTYPE_BYTES and dtype not in peaks:
             found.add("workload.dtype", f'"{dtype}"',
                       f"must be one that {pool.gpu.name} has a peak for ({', '.join(peaks)})",
                       "choose another dtype or GPU, or add the peak")  # fmt: skip

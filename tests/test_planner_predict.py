@@ -9,7 +9,6 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from planner.interval import WIDER, band_of
-from planner.layout import Layout
 from planner.predict import likeliest, memory_of, predict, step_model
 from planner.reference.program import stack_lanes
 from planner.setup import Setup
@@ -17,10 +16,7 @@ from profiles.errors import UnsupportedError
 from profiles.model import ModelSpec
 from profiles.presets import cluster_preset, model_preset, stack_preset, stack_presets
 from profiles.stack import SCALARS, Recompute, Sharding
-from profiles.workload import Workload
 from tests.setups import (
-    BUSY,
-    GPT,
     IDLE_HOST,
     MOE,
     SMALL,
@@ -47,7 +43,7 @@ later), which takes over from the ring between four ranks and eight.
 # What must hold for any setup.
 
 
-@settings(max_examples=60)
+@settings(max_examples=40)
 @given(setups())
 def test_every_time_is_a_number_and_the_step_is_positive(setup: Setup) -> None:
     found, lanes = model_of(setup)
@@ -59,7 +55,7 @@ def test_every_time_is_a_number_and_the_step_is_positive(setup: Setup) -> None:
     assert 0 < found.step_ns(lanes)[0] < 1e15
 
 
-@settings(max_examples=60)
+@settings(max_examples=40)
 @given(setups(), st.lists(values_of_scalars(), min_size=2, max_size=5))
 def test_lanes_side_by_side_equal_one_by_one(setup: Setup, values: list[dict[str, float]]) -> None:
     found = step_model(setup)
@@ -68,7 +64,7 @@ def test_lanes_side_by_side_equal_one_by_one(setup: Setup, values: list[dict[str
     assert together.tolist() == alone
 
 
-@settings(max_examples=100)
+@settings(max_examples=60)
 @given(setups(), values_of_scalars(), st.floats(1.01, 4))
 def test_a_larger_scalar_never_makes_the_step_shorter(
     setup: Setup, values: dict[str, float], more: float
@@ -89,7 +85,7 @@ def test_a_larger_scalar_never_makes_the_step_shorter(
         assert ns >= base - 1000, name
 
 
-@settings(max_examples=60)
+@settings(max_examples=40)
 @given(setups(), st.sampled_from(get_args(Sharding)))
 def test_more_replicas_with_as_much_work_each_are_never_faster(
     setup: Setup, sharding: Sharding
@@ -108,7 +104,7 @@ def test_more_replicas_with_as_much_work_each_are_never_faster(
     assert step_ns(many) >= step_ns(few) - (saved if sharding != "none" else 0) - 100
 
 
-@settings(max_examples=60)
+@settings(max_examples=40)
 @given(setups())
 def test_recomputing_more_takes_longer_and_keeps_less(setup: Setup) -> None:
     found = [
@@ -127,7 +123,7 @@ def test_recomputing_more_takes_longer_and_keeps_less(setup: Setup) -> None:
 # Bands, memory, and which setup is meant.
 
 
-@settings(max_examples=60)
+@settings(max_examples=40)
 @given(setups())
 def test_a_prediction_is_whole(setup: Setup) -> None:
     found = predict(setup)
@@ -165,8 +161,11 @@ def test_what_rests_on_other_curves_is_said() -> None:
 
 def test_the_likeliest_setup_is_the_first_that_fits() -> None:
     model = model_preset("llama-3-8b")
-    modes = [setup_of(model, seq_len=8192, dp=8, sharding="zero3", micro_batch=batch,
-                      recompute=mode) for batch in (1, 4, 64) for mode in get_args(Recompute)]  # fmt: skip
+    modes = [
+        setup_of(model, seq_len=8192, dp=8, sharding="zero3", micro_batch=batch, recompute=mode)
+        for batch in (1, 4, 64)
+        for mode in get_args(Recompute)
+    ]
     assert likeliest(modes[:3]) == modes[0]
     assert likeliest(modes[3:6]) == modes[5]
     assert likeliest(modes[6:]) == modes[6]

@@ -94,9 +94,9 @@ def test_lanes_side_by_side_equal_one_by_one(
     lines: list[Line], values: list[dict[str, float]]
 ) -> None:
     block = written(lines).block()
-    together = block.timed(lanes_by_value(values), np.arange(len(values)))
+    together = block.timed(lanes_by_value(values), np.arange(float(len(values))))
     for lane, one in enumerate(values):
-        alone = block.timed(lanes_by_value([one]), np.array([lane]))
+        alone = block.timed(lanes_by_value([one]), np.array([float(lane)]))
         assert (together.device[lane], together.host[lane]) == (alone.device[0], alone.host[0])
 
 

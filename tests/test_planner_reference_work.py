@@ -81,7 +81,7 @@ def elapsed(block: Block, setup: Setup) -> float:
 @pytest.mark.parametrize("axes", [{}, {"tp": 4}, {"cp": 8}, {"dp": 3, "tp": 2, "cp": 2}])
 @pytest.mark.parametrize("model", [SMALL, PLAIN_GPT])
 def test_the_kernels_of_all_ranks_do_the_flops_that_hfu_counts(
-    model: ModelSpec, axes: dict[str, int], stack: Any, recompute: Recompute
+    model: ModelSpec, axes: dict[str, Any], stack: Any, recompute: Recompute
 ) -> None:
     setup = setup_of(model, stack=stack, recompute=recompute, **axes)
     counted = step_flops(setup, causal=True, recomputed=True)
@@ -207,7 +207,7 @@ def test_fp8_is_never_slower_where_products_are_large(tp: int, hidden: int, halv
     bf16, fp8 = (
         sum(elapsed(blocks(setup)[f"layer_{way}"], setup) for way in ("forward", "backward"))
         for dtype in ("bf16", "fp8")
-        for setup in [setup_of(model, dtype=dtype, seq_len=512 * halves, tp=tp,  # type: ignore[arg-type]
+        for setup in [setup_of(model, dtype=dtype, seq_len=512 * halves, tp=tp,
                                sequence_parallel=tp > 1)]
     )  # fmt: skip
     assert fp8 < bf16
@@ -216,7 +216,7 @@ def test_fp8_is_never_slower_where_products_are_large(tp: int, hidden: int, halv
 def test_casts_cost_more_than_fp8_saves_where_products_are_small() -> None:
     """A cast moves 4 m k bytes for a product of 2 m n k flops: below n of about 1000 it loses."""
     model = replace(SMALL, hidden=512, num_heads=4, num_kv_heads=4, ffn=2048)
-    bf16, fp8 = (setup_of(model, dtype=dtype) for dtype in ("bf16", "fp8"))  # type: ignore[arg-type]
+    bf16, fp8 = (setup_of(model, dtype=dtype) for dtype in ("bf16", "fp8"))
     block = {setup.workload.dtype: blocks(setup)["layer_forward"] for setup in (bf16, fp8)}
     assert elapsed(block["fp8"], fp8) > elapsed(block["bf16"], bf16)
     assert of(block["fp8"], MATMUL) <= of(block["bf16"], MATMUL)
