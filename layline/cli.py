@@ -193,11 +193,14 @@ def report(inputs: tuple[Path, ...], output: Path) -> None:
 
 
 @main.command()
-@click.argument("runs", type=FILE, nargs=-1, required=True)
+@click.argument("runs", type=FILE, nargs=-1)
 @click.option("--json", "json_file", type=FILE, help="Write scores by group and every row.")
 @click.option("--page", type=FILE, metavar="FOLDER", help="Write the table and figure of the docs.")
 def validate(runs: tuple[Path, ...], json_file: Path | None, page: Path | None) -> None:
-    """Score predictions against published runs in CSV files (docs/validation.md)."""
+    """Score predictions against published runs in CSV files, or those shipped here.
+
+    What is read from each column is in docs/validation.md.
+    """
     from layline.show import progress_bar
     from layline.validate import FIGURE, PAGE, validation_file, write_page
     from layline.validate import validate as validate_runs
@@ -214,8 +217,8 @@ def validate(runs: tuple[Path, ...], json_file: Path | None, page: Path | None) 
     if json_file is not None:
         write_text(json_file, validation_file(runs, outcomes))
     if page is not None:
-        names = " ".join(path.name for path in runs)
-        write_page(page, outcomes, f"layline validate {names} --page {page.name}")
+        names = "".join(f" {path.name}" for path in runs)
+        write_page(page, outcomes, f"layline validate{names} --page {page.name}")
     for file in filter(None, written):
         click.echo(f"wrote {file}")
 

@@ -6,7 +6,7 @@ from pathlib import Path
 
 from layline.walk import Progress, ignore_progress
 from planner.predict import predict as reference_predict
-from planner.published.runs import load_runs
+from planner.published.runs import development_runs, development_table, load_runs
 from profiles.errors import InvalidInputError
 from profiles.files import canonical_json, write_text
 from reports.accuracy import accuracy_page
@@ -25,10 +25,10 @@ def validate(
 ) -> tuple[Outcome, ...]:
     """Return each run in the CSV files `paths` beside its prediction, or why there is none.
 
-    `predict` is the reference model unless another one is to be scored.
+    Without files, the runs of the development set. `predict` is the reference model unless another one is to be scored.
     Raises InvalidInputError for a file that cannot be read, lacks a needed column or has no rows.
     """
-    runs = [run for path in paths for run in load_runs(path)]
+    runs = [run for path in paths for run in load_runs(path)] if paths else development_runs()
     if not runs:
         raise InvalidInputError(
             [f"{paths[0]}: has no rows; name a CSV file of runs (docs/validation.md)"]
@@ -43,9 +43,10 @@ def validate(
 
 def validation_file(paths: Sequence[Path], outcomes: Sequence[Outcome]) -> str:
     """Return what `--json` writes, as canonical JSON: the scores, and what was read."""
+    files = [(path.name, path.read_bytes()) for path in paths]
     inputs = [
-        {"name": path.name, "sha256": hashlib.sha256(path.read_bytes()).hexdigest()}
-        for path in paths
+        {"name": name, "sha256": hashlib.sha256(data).hexdigest()}
+        for name, data in files or [("the development set", development_table())]
     ]
     value = {"schema_version": SCHEMA_VERSION, "inputs": inputs, **validation_json(outcomes)}
     return canonical_json(value)

@@ -6,8 +6,9 @@ the band of predictions made without their own group, and where a kernel or link
 the band is wider still.
 """
 
+import math
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import cache
 from typing import NamedTuple
 
@@ -54,7 +55,7 @@ def conformal_bands(pairs: Sequence[Pair], unseen: Sequence[Pair]) -> dict[str, 
     ends = [_band(found) for found in groups.values() if len(found) >= FEWEST]
     if ends:
         low, high = np.median(ends, axis=0)
-        bands[UNSEEN] = Band(_digits(low), _digits(high))
+        bands[UNSEEN] = Band(_digits(low, math.floor), _digits(high, math.ceil))
     return bands
 
 
@@ -70,11 +71,12 @@ def _band(pairs: Sequence[Pair]) -> Band:
     middle = np.cumsum(weights[order]) - weights[order] / 2
     places = middle / weights.sum()
     low, high = (ratios[order][int(np.argmin(np.abs(places - level)))] for level in (0.1, 0.9))
-    return Band(min(1.0, _digits(low)), max(1.0, _digits(high)))
+    return Band(min(1.0, _digits(low, math.floor)), max(1.0, _digits(high, math.ceil)))
 
 
-def _digits(value: float) -> float:
-    return float(f"{value:.4g}")
+def _digits(value: float, towards: Callable[[float], int]) -> float:
+    """Return `value` with four digits behind the point, outwards so that its run stays inside."""
+    return towards(value * 1e4) / 1e4
 
 
 def band_of(stack: str, gpu: str, is_extrapolated: bool) -> Band:

@@ -85,8 +85,13 @@ def development_runs() -> tuple[PublishedRun | UnreadRun, ...]:
     >>> len(development_runs())
     3942
     """
+    return _parsed(development_table(), "the development set")
+
+
+def development_table() -> bytes:
+    """Return the table of `development_runs`, as CSV."""
     packed = resources.files("profiles").joinpath("data", "published_runs.csv.gz").read_bytes()
-    return _parsed(gzip.decompress(packed), "the development set")
+    return gzip.decompress(packed)
 
 
 def _parsed(data: bytes, name: str) -> tuple[PublishedRun | UnreadRun, ...]:

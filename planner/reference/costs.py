@@ -175,7 +175,7 @@ def reference_costs(job: Job) -> ReferenceCosts:
     Raises UnsupportedError for GPUs that nobody published measurements of, and for pools of
     several kinds.
     """
-    cluster, dtype = job.cluster, job.workload.dtype
+    cluster = job.cluster
     fix = "run `layline profile -o FILE` on one of its nodes and set profile to that file"
     if len(cluster.pools) > 1:
         raise UnsupportedError(
@@ -187,11 +187,6 @@ def reference_costs(job: Job) -> ReferenceCosts:
         raise UnsupportedError(
             f"cluster {cluster.name} has the GPU {gpu.name}, of which no measurements are known; "
             f"there are of {', '.join(gpu_presets())}: name one that it stands for, or {fix}"
-        )
-    if dtype not in gpu.peak_flops_per_s:
-        raise UnsupportedError(
-            f"workload.dtype is {dtype}; {gpu.name} has {', '.join(sorted(gpu.peak_flops_per_s))}: "
-            "use one of these, or another GPU"
         )
     return ReferenceCosts(model=job.model, workload=job.workload, stack=job.stack, cluster=cluster)
 
