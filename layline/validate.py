@@ -25,7 +25,8 @@ def validate(
 ) -> tuple[Outcome, ...]:
     """Return each run in the CSV files `paths` beside its prediction, or why there is none.
 
-    Without files, the runs of the development set. `predict` is the reference model unless another one is to be scored.
+    Without files, the runs of the development set. `predict` is the reference model unless another
+    one is to be scored.
     Raises InvalidInputError for a file that cannot be read, lacks a needed column or has no rows.
     """
     runs = [run for path in paths for run in load_runs(path)] if paths else development_runs()
