@@ -10,10 +10,12 @@ from planner.layout import Layout
 from planner.partition import stages_by_rule
 from planner.predict import step_model
 from planner.reference.program import Lanes, lanes_of, stack_lanes
-from planner.reference.step import StepModel
+from planner.reference.step import StageNs, StepModel
 from planner.schedules import SCHEDULES
 from planner.setup import Setup
 from profiles.cluster import ClusterSpec
+from profiles.collective_curves import Group, collective
+from profiles.kernel_curves import memory_pass
 from profiles.model import ModelSpec
 from profiles.presets import cluster_preset, cluster_presets
 from profiles.stack import SCALARS, Recompute, Scalar, Selective, Sharding, StackSpec
@@ -87,6 +89,24 @@ def step_ns(setup: Setup) -> float:
     """Return the step of `setup` in ns, without memory, band and waterfall."""
     model, lanes = model_of(setup)
     return float(model.step_ns(lanes)[0])
+
+
+def stage(setup: Setup, lanes: Lanes | None = None) -> StageNs:
+    """Return the only stage of `setup`."""
+    (only,) = step_model(setup).stages(lanes or stack_lanes(setup.stack))
+    return only
+
+
+def pass_ns(size_bytes: float) -> float:
+    """Return a pass over the memory of an H100."""
+    return memory_pass("h100-sxm", int(size_bytes)).ns
+
+
+def group_ns(kind: str, size: int, per_node: int, size_bytes: float) -> float:
+    """Return a collective on H100 nodes, alone."""
+    node = cluster_preset("h100-sxm", num_nodes=2)
+    link, fabric = node.pools[0].intra_node, node.inter_node
+    return collective(kind, Group(size, per_node), int(size_bytes), link, fabric).ns
 
 
 @st.composite

@@ -91,6 +91,7 @@ def test_help_is_quick_and_light() -> None:
 
 CONTRACT = {
     "bench": ["--json"],
+    "calibrate": ["--output"],
     "compare": ["--json", "--recalibrate"],
     "demo": ["--output"],
     "doctor": ["--json"],
@@ -99,6 +100,7 @@ CONTRACT = {
     "report": ["--output"],
     "run": ["--data", "--output", "--steps"],
     "simulate": ["--json", "--trace"],
+    "validate": ["--json", "--page"],
 }
 
 

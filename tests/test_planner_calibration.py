@@ -111,8 +111,10 @@ def test_the_spread_is_the_curvature_of_the_loss(count: int) -> None:
 @pytest.mark.parametrize(("ratio", "bound"), [(50.0, "at_most"), (0.01, "at_least")])
 def test_no_scalar_leaves_its_bounds(ratio: float, bound: str) -> None:
     found = fit([sample(ratio)] * 400, START, ("matmul",))
+    limit = getattr(SCALARS["matmul"], bound)
+    assert found.place[NAMES.index("matmul")] == pytest.approx(log(limit))
     scalar = scalars_of(found, ("matmul",))["matmul"]
-    assert scalar.value == pytest.approx(getattr(SCALARS["matmul"], bound))
+    assert scalar.value == pytest.approx(limit)
     assert SCALARS["matmul"].at_least <= scalar.low <= scalar.value
     assert scalar.value <= scalar.high <= SCALARS["matmul"].at_most
 

@@ -177,7 +177,6 @@ def test_what_was_not_published_is_refused_by_name() -> None:
     for asked, words in (
         (job(cluster=replace(cluster, pools=(pool, pool))), "has 2 pools"),
         (job(cluster=replace(cluster, pools=(unknown,))), "abacus, of which no measurements"),
-        (job(cluster=cluster_preset("a100-sxm-80gb"), dtype="fp8"), "dtype is fp8; a100-sxm-80gb"),
     ):
         with pytest.raises(UnsupportedError, match=words):
             reference_costs(asked)

@@ -1,4 +1,4 @@
-"""The step of a setup: closed forms, the engine on graphs of the same work, and monotony."""
+"""The step of a setup: closed forms of one GPU and of pipelines, schedules, and the host."""
 
 from dataclasses import replace
 from typing import Any, get_args
@@ -9,17 +9,14 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from planner.predict import memory_of, step_model
-from planner.reference.program import INTER, INTRA, MEMORY, Lanes, lanes_of, stack_lanes
-from planner.reference.step import StageNs, built
+from planner.reference.program import INTER, INTRA, MEMORY, lanes_of, stack_lanes
+from planner.reference.step import built
 from planner.schedules import SCHEDULES
 from planner.setup import Setup
 from profiles.cluster import ClusterSpec
-from profiles.collective_curves import Group, collective
-from profiles.kernel_curves import memory_pass
 from profiles.presets import cluster_preset, fabric_preset
 from profiles.stack import SCALARS, Recompute, Sharding
 from simulator.engine import simulate, simulate_step
-from simulator.graph import Op, task_graph
 from tests.setups import (
     BUSY,
     GPT,
@@ -27,11 +24,14 @@ from tests.setups import (
     MOE,
     SMALL,
     STACK,
+    group_ns,
     lanes_by_value,
     model_of,
+    pass_ns,
     scalars,
     setup_of,
     setups,
+    stage,
     step_ns,
 )
 
@@ -39,25 +39,6 @@ NEUTRAL = {name: meaning.neutral for name, meaning in SCALARS.items()}
 FREE = lanes_of(NEUTRAL | IDLE_HOST | {"intra": 0.0, "inter": 0.0, "memory": 0.0})
 """Products and attention alone: messages, passes and the host take nothing."""
 SHARDED: tuple[Sharding, ...] = ("zero1", "zero2", "zero3")
-SPLIT = ("zb_h1", "zb_h2", "zb_v", "dual_pipe_v")
-"""Schedules that do the weight half of a backward apart."""
-
-
-def stage(setup: Setup, lanes: Lanes | None = None) -> StageNs:
-    """Return the only stage of `setup`."""
-    (only,) = step_model(setup).stages(lanes or stack_lanes(setup.stack))
-    return only
-
-
-def pass_ns(size_bytes: float) -> float:
-    return memory_pass("h100-sxm", int(size_bytes)).ns
-
-
-def group_ns(kind: str, size: int, per_node: int, size_bytes: float) -> float:
-    """Return a collective on H100 nodes, alone."""
-    node = cluster_preset("h100-sxm", num_nodes=2)
-    link, fabric = node.pools[0].intra_node, node.inter_node
-    return collective(kind, Group(size, per_node), int(size_bytes), link, fabric).ns
 
 
 # Closed forms: one GPU.
@@ -168,145 +149,6 @@ def test_a_message_carries_each_tensor_rank_s_share() -> None:
 def test_a_message_between_nodes_takes_the_fabric() -> None:
     found, lanes = model_of(setup_of(pp=2, tp=8))
     assert found.send_ns(lanes)[0] == group_ns("send_recv", 2, 1, 4096 * SMALL.hidden * 2 / 8)
-
-
-# Closed forms: replicas.
-
-
-@pytest.mark.parametrize("dp", [2, 8, 32])
-def test_gradients_that_nothing_hides_take_the_collective_s_own_time(dp: int) -> None:
-    setup = setup_of(dp=dp)
-    size_bytes = step_model(setup).parameters(8, True, True) * 4
-    assert stage(setup).reduction[0] == group_ns("all_reduce", dp, min(dp, 8), size_bytes)
-
-
-@pytest.mark.parametrize("dp", [2, 8, 32])
-def test_a_sharded_optimizer_scatters_gradients_and_gathers_parameters(dp: int) -> None:
-    setup = setup_of(dp=dp, sharding="zero1")
-    count = step_model(setup).parameters(8, True, True)
-    expected = group_ns("reduce_scatter", dp, min(dp, 8), 4 * count)
-    expected += group_ns("all_gather", dp, min(dp, 8), 2 * count)
-    assert stage(setup).reduction[0] == pytest.approx(expected)
-
-
-@pytest.mark.parametrize("bucket_bytes", [25 << 20, 1 << 30])
-def test_gradients_go_bucket_after_bucket(bucket_bytes: int) -> None:
-    """Equal buckets, as few as there must be: each pays the latency again."""
-    setup = setup_of(dp=16, stack=replace(STACK, gradient_bucket_bytes=bucket_bytes))
-    size_bytes = step_model(setup).parameters(8, True, True) * 4
-    count = -(-size_bytes // bucket_bytes)
-    expected = count * group_ns("all_reduce", 16, 8, size_bytes / count)
-    assert stage(setup).reduction[0] == pytest.approx(expected, rel=1e-6)
-    assert expected > group_ns("all_reduce", 16, 8, size_bytes)
-
-
-def test_hybrid_sharding_reduces_shards_between_its_groups() -> None:
-    """Inside the nodes scatter and gather; between them an all-reduce of each rank's eighth."""
-    setup = setup_of(dp=32, sharding="zero1", shard_group=8)
-    count = step_model(setup).parameters(8, True, True)
-    expected = group_ns("reduce_scatter", 8, 8, 4 * count) + group_ns("all_gather", 8, 8, 2 * count)
-    expected += group_ns("all_reduce", 4, 1, 4 * count / 8)
-    assert stage(setup).reduction[0] == pytest.approx(expected)
-
-
-@pytest.mark.parametrize(("fabric", "hides_all"), [("xdr800", True), ("roce100", False)])
-def test_overlapped_gradients_leave_the_last_layer_or_what_the_backward_is_too_short_for(
-    fabric: str, hides_all: bool
-) -> None:
-    """Layer by layer behind the backward: e / L is left of e, or c / L + e - c if e > c."""
-    cluster = cluster_preset("h100-sxm", num_nodes=2, fabric=fabric)
-    axes: Any = {
-        "dp": 16,
-        "micro_batch": 4 if hides_all else 1,
-        "seq_len": 2048,
-        "cluster": cluster,
-    }
-    hidden = stage(setup_of(stack=replace(STACK, overlaps_gradients=True), **axes))
-    alone = stage(setup_of(**axes))
-    compute, exchange = hidden.backward[0], alone.reduction[0]
-    assert (exchange < compute) == hides_all
-    left = exchange / 8 if hides_all else compute / 8 + exchange - compute
-    assert hidden.reduction[0] == pytest.approx(left, abs=20)
-
-
-@given(st.floats(0, 1))
-def test_exposed_is_the_least_part_that_is_left(exposed: float) -> None:
-    stack = replace(STACK, overlaps_gradients=True,
-                    scalars=scalars(IDLE_HOST | {"exposed": exposed}))  # fmt: skip
-    alone = stage(setup_of(dp=8, micro_batch=4)).reduction[0]
-    left = stage(setup_of(dp=8, micro_batch=4, stack=stack)).reduction[0]
-    assert left == pytest.approx(max(alone / 8, exposed * alone), abs=20)
-
-
-def _sharded_parts(setup: Setup) -> tuple[float, float, float, float]:
-    """Return forward and backward of one of 9 units, its gather and its scatter, each alone."""
-    plain = stage(replace(setup, layout=replace(setup.layout, sharding="none")))
-    found, lanes = model_of(setup)
-    count = found.parameters(8, True, True)
-    times = []
-    for kind, width in (("all_gather", 2), ("reduce_scatter", 4)):
-        category, time = found.places.replicas(kind, count * width / 9)
-        times.append(time.ns * lanes.factor[category, 0])
-    return plain.forward[0] / 9, plain.backward[0] / 9, times[0], times[1]
-
-
-@pytest.mark.parametrize("fabric", ["xdr800", "roce100"])
-@pytest.mark.parametrize("seq_len", [512, 8192])
-def test_sharded_layers_are_gathered_one_ahead(fabric: str, seq_len: int) -> None:
-    """Gather the first, then the slower of gather and layer, then the last layer."""
-    cluster = cluster_preset("h100-sxm", num_nodes=2, fabric=fabric)
-    setup = setup_of(dp=16, sharding="zero3", cluster=cluster, seq_len=seq_len)
-    unit, _, gather, _ = _sharded_parts(setup)
-    assert stage(setup).forward[0] == pytest.approx(gather + 8 * max(unit, gather) + unit, rel=1e-6)
-
-
-def test_a_backward_that_binds_hides_all_but_the_first_gather_and_the_last_scatter() -> None:
-    setup = setup_of(dp=8, sharding="zero3", micro_batch=8)
-    _, unit, gather, scatter = _sharded_parts(setup)
-    assert unit > gather + scatter
-    expected = gather + 9 * unit + scatter
-    assert stage(setup).backward[0] == pytest.approx(expected, rel=1e-6)
-
-
-def test_traffic_that_binds_hides_the_backward() -> None:
-    cluster = cluster_preset("h100-sxm", num_nodes=2, fabric="roce100")
-    setup = setup_of(dp=16, sharding="zero3", seq_len=512, cluster=cluster)
-    _, unit, gather, scatter = _sharded_parts(setup)
-    assert unit < min(gather, scatter)
-    assert stage(setup).backward[0] == pytest.approx(9 * (gather + scatter), rel=1e-6)
-
-
-@settings(max_examples=40)
-@given(
-    seq_len=st.sampled_from((512, 1024, 2048, 4096, 8192)),
-    fabric=st.sampled_from(("xdr800", "ndr400", "roce100")),
-    inter=st.floats(0.5, 6.0),
-)
-def test_the_engine_times_the_same_sharded_backward(
-    seq_len: int, fabric: str, inter: float
-) -> None:
-    """Unit u + 1 is gathered once unit u - 1 is done; each scatter comes behind its unit."""
-    cluster = cluster_preset("h100-sxm", num_nodes=2, fabric=fabric)
-    stack = replace(STACK, scalars=scalars(IDLE_HOST | {"inter": inter}))
-    setup = setup_of(dp=16, sharding="zero3", seq_len=seq_len, cluster=cluster, stack=stack)
-    _, unit, gather, scatter = (round(part) for part in _sharded_parts(setup))
-    ops, times = list[Op](), list[int]()
-
-    def add(stream: str, ns: int, *deps: int) -> int:
-        known = tuple(dep for dep in deps if dep >= 0)
-        ops.append(Op(id=len(ops), rank=0, stream=stream, name="op", kind="other", deps=known))
-        times.append(ns)
-        return len(ops) - 1
-
-    gathered, done = add("exchange", gather), [-1]
-    for number in range(9):
-        own = gathered
-        if number < 8:
-            gathered = add("exchange", gather, done[-1])
-        done.append(add("compute", unit, own))
-        add("exchange", scatter, done[-1])
-    expected = simulate(task_graph(ops), times).makespan_ns
-    assert stage(setup).backward[0] == pytest.approx(expected, abs=20)
 
 
 # Schedules and experts.

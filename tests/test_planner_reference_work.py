@@ -17,6 +17,7 @@ from planner.reference.passes import PASSES
 from planner.reference.program import ATTENTION, EXCHANGE, INTER, INTRA, MATMUL, MEMORY, Block
 from planner.reference.work import RankWork
 from planner.setup import Setup
+from profiles.collective_curves import Group, collective
 from profiles.kernel_curves import Estimate, attention, matmul
 from profiles.model import ModelSpec
 from profiles.stack import Recompute
@@ -90,8 +91,11 @@ def test_the_kernels_of_all_ranks_do_the_flops_that_hfu_counts(
 
 @pytest.mark.usefixtures("counted")
 @pytest.mark.parametrize("recompute", MODES)
-def test_a_third_of_the_products_makes_weight_gradients(recompute: Recompute) -> None:
-    found = blocks(setup_of(stack=UNFUSED, recompute=recompute, tp=2))
+@pytest.mark.parametrize("model", [SMALL, MOE])
+def test_a_third_of_the_products_makes_weight_gradients(
+    model: ModelSpec, recompute: Recompute
+) -> None:
+    found = blocks(setup_of(model, stack=UNFUSED, recompute=recompute, tp=2))
     for part in ("layer", "head"):
         assert found[f"{part}_backward"].weight_ns == of(found[f"{part}_forward"], MATMUL)
     assert found["embedding_backward"].weight_ns == 0
@@ -123,6 +127,19 @@ def test_bytes_of_a_fused_forward_by_hand(tp: int, is_sharded: bool) -> None:
     m, between = 4096, 4096 // tp if is_sharded else 4096
     inside = m * (4 * (SMALL.hidden + 1024) + 6 * SMALL.ffn) // tp
     assert of(found, MEMORY) == between * SMALL.hidden * (2 * 4 + 2 * 6) + inside
+    # GELU has 4 bytes, and learned positions nothing in a layer.
+    found = blocks(setup_of(GPT, tp=tp, sequence_parallel=is_sharded))["layer_forward"]
+    inside = m * 4 * GPT.ffn // tp
+    assert of(found, MEMORY) == between * GPT.hidden * (2 * 4 + 2 * 6) + inside
+
+
+@pytest.mark.usefixtures("counted")
+def test_tokens_are_permuted_on_their_way_to_experts_and_back() -> None:
+    """Read, written and read again, two copies of each, both times."""
+    dense = replace(MOE, num_experts=0, experts_per_token=0, ffn=2 * MOE.ffn)
+    routed, plain = (blocks(setup_of(model))["layer_forward"] for model in (MOE, dense))
+    moved = 2 * 3 * (4096 * 2 * MOE.hidden * 2)
+    assert of(routed, MEMORY) - of(plain, MEMORY) == moved
 
 
 @pytest.mark.usefixtures("counted")
@@ -159,10 +176,20 @@ def test_a_ring_passes_keys_and_values_once_forward_and_twice_backward() -> None
     def ring(cp: int, way: str) -> float:
         return of(blocks(setup_of(cp=cp, seq_len=cp * 4096))[f"layer_{way}"], INTRA)
 
-    # As many tokens a rank: one, three and seven hops.
+    # As many tokens a rank, their keys and values in bf16: one, three and seven hops.
+    node = setup_of().cluster.pools[0]
+    hop = collective("send_recv", Group(2, 8), 2 * 4096 * 1024 * 2, node.intra_node, None)
+    assert ring(2, "forward") == pytest.approx(hop.ns)
     assert ring(4, "forward") == pytest.approx(3 * ring(2, "forward"))
     assert ring(8, "forward") == pytest.approx(7 * ring(2, "forward"))
     assert ring(8, "backward") == pytest.approx(2 * ring(8, "forward"))
+
+
+@pytest.mark.parametrize(("tp", "cp", "crosses"), [(1, 8, False), (1, 16, True), (8, 2, True)])
+def test_a_ring_that_leaves_the_node_takes_the_fabric(tp: int, cp: int, crosses: bool) -> None:
+    """One hop of it does, and the others wait for that."""
+    found = blocks(setup_of(tp=tp, cp=cp, seq_len=32768))["layer_forward"]
+    assert (of(found, INTER) > 0) == crosses
 
 
 @pytest.mark.parametrize(("is_sharded", "counts"), [(False, (2, 2, 1, 0)), (True, (4, 6, 1, 1))])

@@ -127,7 +127,8 @@ def _read_schedule(
     remarks: tuple[str, ...] = ()
     if not stages and (noted := re.search(r"\bVP *= *(\d{1,3})\b", cells.get("notes", ""))):
         stages, remarks = max(1, int(noted[1])), (f"vpp not stated: {noted[1]} as in the notes",)
-    if not stages and (stack.interleaves or "interleav" in text.lower()):
+    is_usual = bool(re.search(r"^$|1f1b", text.lower()))
+    if not stages and ("interleav" in text.lower() or (stack.interleaves and is_usual)):
         layers = model.num_layers // pp
         stages = next((size for size in range(2, layers + 1) if layers % size == 0), 1)
         remarks = (f"vpp not stated: {stages} assumed",)
