@@ -115,11 +115,13 @@ def left_out(samples: Sequence[Sample], group: str) -> list[Pair]:
 
 
 def shared_scalars(samples: Sequence[Sample]) -> Fit:
-    """Return what all stacks share: a fit to a few runs of every group."""
+    """Return what all stacks share: a fit to a few runs of every group, neutral without any."""
     neutral = Fit(
         place=np.array([inward(name, meaning.neutral) for name, meaning in SCALARS.items()]),
         spread=np.array([SPREADS[name] for name in SCALARS]),
     )
+    if not samples:
+        return neutral
     usual = tuple(name for name in SCALARS if name not in OWN)
     return fit(_thinned(samples, SHARED_RUNS), neutral, usual)
 

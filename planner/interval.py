@@ -1,9 +1,9 @@
 """Intervals of predictions: how far published runs lay from them.
 
-Split conformal prediction (Vovk et al., 2005): P10 and P90 are those of measured over predicted
-among runs of a stack on a GPU that the scalars were fitted to. Runs that nothing was fitted to take
-the band of predictions made without their own group, and where a kernel or link was extrapolated
-the band is wider still.
+Conformal prediction (Vovk et al., 2005) by kinds of runs: P10 and P90 are those of measured over
+predicted among the runs of a stack on a GPU. The scalars, at most eight, were fitted to the same
+runs. What nothing was fitted to takes the band of predictions made without their own group,
+each group counting alike, and where its curves are extrapolated the band is wider still.
 """
 
 import math
@@ -49,27 +49,22 @@ def conformal_bands(pairs: Sequence[Pair], unseen: Sequence[Pair]) -> dict[str, 
     for pair in pairs:
         known.setdefault(f"{pair.stack} {pair.gpu}", []).append(pair)
     bands = {name: _band(found) for name, found in sorted(known.items()) if len(found) >= FEWEST}
-    groups: dict[str, list[Pair]] = {}
-    for pair in unseen:
-        groups.setdefault(pair.group, []).append(pair)
-    ends = [_band(found) for found in groups.values() if len(found) >= FEWEST]
-    if ends:
-        low, high = np.median(ends, axis=0)
-        bands[UNSEEN] = Band(_digits(low, math.floor), _digits(high, math.ceil))
+    if unseen:
+        bands[UNSEEN] = _band(unseen, power=1.0)
     return bands
 
 
-def _band(pairs: Sequence[Pair]) -> Band:
+def _band(pairs: Sequence[Pair], power: float = 0.5) -> Band:
     """Return P10 and P90 of measured over predicted, never so that the median lies outside.
 
-    A group weighs the square root of its runs, as in the fits.
+    A group of n runs weighs n to the power of 1 - `power`: the root of its runs, as in the fits, or
+    as much as any other.
     """
     counts = Counter(pair.group for pair in pairs)
     ratios = np.array([1 / pair.ratio for pair in pairs])
-    weights = np.array([counts[pair.group] ** -0.5 for pair in pairs])
+    weights = np.array([counts[pair.group] ** -power for pair in pairs])
     order = np.argsort(ratios, kind="stable")
-    middle = np.cumsum(weights[order]) - weights[order] / 2
-    places = middle / weights.sum()
+    places = (np.cumsum(weights[order]) - weights[order] / 2) / weights.sum()
     low, high = (ratios[order][int(np.argmin(np.abs(places - level)))] for level in (0.1, 0.9))
     return Band(min(1.0, _digits(low, math.floor)), max(1.0, _digits(high, math.ceil)))
 

@@ -2,7 +2,7 @@
 
 Inside a node a time is read from the measured curve of its link, kind and number of ranks. Between
 nodes it is what the slower of the two tiers needs for the bytes, and the steps of a ring or the
-hops of a tree on top. The equations, their sources and errors are in docs/models.md.
+hops of a tree on top. The equations, their sources and errors are in docs/reference.md.
 """
 
 import math

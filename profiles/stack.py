@@ -50,7 +50,7 @@ SCALARS: Mapping[str, Meaning] = {
         "host time of a tensor-parallel collective over nodes, per member", "us", 1.0, 0.0, 1e3
     ),
 }  # fmt: skip
-"""The scalars of all stacks, of which each calibrates at most eight (docs/models.md)."""
+"""The scalars of all stacks, of which each calibrates at most eight (docs/reference.md)."""
 
 USUAL_SCALARS = ("matmul", "attention", "memory", "launch", "intra", "inter", "exposed", "step")
 

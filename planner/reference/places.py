@@ -44,12 +44,15 @@ class Places:
         """Return category and time of a collective among the ranks that share the experts."""
         return self.among(kind, self.layout.ep, self.layout.tp, size_bytes)
 
-    def replicas(self, kind: str, size_bytes: float) -> tuple[int, Estimate]:
-        """Return category and time of a collective among the ranks that share shards."""
+    def replicas(self, kind: str, size_bytes: float, copies: int = 1) -> tuple[int, Estimate]:
+        """Return category and time of a collective among the ranks that share shards.
+
+        Of a part that is cut over `copies` of them, those that hold the same take part.
+        """
         size = self.layout.replicas
         if self.layout.sharding != "none":
             size = self.layout.shard_ranks
-        return self.among(kind, size, self.layout.tp, size_bytes)
+        return self.among(kind, max(1, size // copies), copies * self.layout.tp, size_bytes)
 
     def shard_groups(self, kind: str, size_bytes: float) -> tuple[int, Estimate]:
         """Return category and time of a collective between hybrid sharding's groups."""

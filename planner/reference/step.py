@@ -12,7 +12,7 @@ from planner.reference.program import COMPUTE, EXCHANGE, MATMUL, MEMORY, Duratio
 from planner.reference.work import RankWork
 from planner.schedules import SCHEDULES
 from profiles.cluster import ClusterSpec
-from profiles.kernel_curves import Estimate, memory_pass
+from profiles.kernel_curves import memory_pass
 from profiles.model import ModelSpec
 from profiles.stack import StackSpec
 from profiles.workload import Workload
@@ -32,9 +32,8 @@ UNSURE = 0.2
 class StageNs(NamedTuple):
     """What a stage takes, in ns, float64 [L] each; `weight` is part of `backward`.
 
-    `forward` and `backward` are of one micro-batch, `tensor` is what both would save without
-    collectives between their ranks; `reduction` is what is left of the data-parallel traffic of a
-    step behind the last backward, `optimizer` the update.
+    `forward` and `backward` are of one micro-batch; `reduction` is what is left of the
+    data-parallel traffic of a step behind the last backward, `optimizer` the update.
     """
 
     forward: Floats
@@ -163,7 +162,7 @@ class StepModel:
             backward=backward_ns,
             weight=weight_ns * lanes.factor[MATMUL],
             reduction=reduction,
-            optimizer=self._optimizer(parameters, lanes),
+            optimizer=self._optimizer(parameters, self._experts(num_layers), lanes),
         )
 
     def parameters(self, num_layers: int, is_first: bool, is_last: bool) -> int:
@@ -175,6 +174,14 @@ class StepModel:
         layer = work.h * (2 * work.q + 2 * work.kv) + mlp + 4 * work.h
         is_tied = model.tied_embeddings and is_first and is_last
         return num_layers * layer + (is_first + is_last - is_tied) * work.v * work.h
+
+    def _experts(self, num_layers: int) -> int:
+        """Return those parameters of a rank that fewer ranks hold than the rest: cut experts."""
+        ep, model = self.layout.ep, self.model
+        if ep == 1:
+            return 0
+        each = (3 if model.mlp == "swiglu" else 2) * self.work.h * self.work.f
+        return num_layers * max(1, model.num_experts // ep) * each
 
     def _messages(self, lanes: Lanes, count: int) -> Duration:
         """Return the host's share of `count` messages; inside a node it is a few launches."""
@@ -232,17 +239,20 @@ class StepModel:
         """Return what is left of the data-parallel traffic of a step, gradients and parameters."""
         layout, stack = self.layout, self.stack
         is_sharded = layout.sharding != "none"
-        category, time = self._in_buckets(
-            "reduce_scatter" if is_sharded else "all_reduce", parameters * self.reduction_bytes
-        )
+        experts = self._experts(num_layers)
+
+        def exchange(kind: str, bytes_each: int) -> Floats:
+            shared = self._in_buckets(kind, (parameters - experts) * bytes_each, 1, lanes)
+            return shared + self._in_buckets(kind, experts * bytes_each, layout.ep, lanes)
+
+        kind = "reduce_scatter" if is_sharded else "all_reduce"
         left = _left(
-            time.ns * lanes.factor[category], backward_ns, num_layers, stack.overlaps_gradients,
-            lanes.exposed,
+            exchange(kind, self.reduction_bytes), backward_ns, num_layers,
+            stack.overlaps_gradients, lanes.exposed,
         )  # fmt: skip
         if is_sharded:
-            category, time = self._in_buckets("all_gather", parameters * self.stored)
             left = left + _left(
-                time.ns * lanes.factor[category], forward_ns, num_layers,
+                exchange("all_gather", self.stored), forward_ns, num_layers,
                 stack.overlaps_parameters, lanes.exposed,
             )  # fmt: skip
             if layout.shard_ranks < layout.replicas:
@@ -252,20 +262,21 @@ class StepModel:
                 left = left + time.ns * lanes.factor[category]
         return left
 
-    def _in_buckets(self, kind: str, size_bytes: float) -> tuple[int, Estimate]:
-        """Return category and time of a collective among the replicas, bucket after bucket."""
+    def _in_buckets(self, kind: str, size_bytes: float, copies: int, lanes: Lanes) -> Floats:
+        """Return a collective among the replicas, bucket after bucket; see `Places.replicas`."""
         count = max(1, math.ceil(size_bytes / self.stack.gradient_bucket_bytes))
-        category, time = self.places.replicas(kind, size_bytes / count)
-        return category, time._replace(ns=count * time.ns)
+        category, time = self.places.replicas(kind, size_bytes / count, copies)
+        return np.asarray(count * time.ns * lanes.factor[category])
 
-    def _optimizer(self, parameters: int, lanes: Lanes) -> Floats:
+    def _optimizer(self, parameters: int, experts: int, lanes: Lanes) -> Floats:
         """Return clipping, AdamW and zeroing: what each must read and write of its owner's share.
 
         AdamW reads the gradient, reads and writes the master copy and two moments, and writes the
         parameter; the norm reads the gradients, and zeroing writes those that are kept whole.
         """
         stack, layout = self.stack, self.layout
-        owned = parameters / layout.shard_ranks
+        owned = (parameters - experts) / layout.shard_ranks
+        owned += experts / max(1, layout.shard_ranks // layout.ep)
         moments = stack.moment_bytes or 2 * self.stored
         update = 2 * self.gradient_bytes + 2 * (stack.master_bytes or self.stored) + 2 * moments
         update += self.gradient_bytes + (self.stored if stack.master_bytes else 0)

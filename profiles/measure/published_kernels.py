@@ -22,7 +22,7 @@ TARGET = Path(__file__).parent.parent / "data" / "kernels.toml"
 HEADER = """\
 # How fast published kernels ran: written by `python -m profiles.measure.published_kernels FOLDER`.
 #
-# docs/models.md has the formulas and the rules of extrapolation. `median` and `p90` are absolute
+# docs/reference.md has the formulas and the rules of extrapolation. `median` and `p90` are absolute
 # relative errors over `rows` measurements, `cross_` the same over five folds, each predicted by
 # a fit without it. `num_processors` counts streaming multiprocessors (compute units of MI300X).
 """

@@ -1,6 +1,6 @@
 """Read published kernel measurements: a row for each timed kernel, in the terms of this project.
 
-What each source times, and its traps, stand in docs/models.md under reference kernels.
+What each source times, and its traps, stand in docs/reference.md under reference kernels.
 """
 
 import csv
