@@ -81,6 +81,7 @@ def test_a_gpu_that_is_not_there_is_named() -> None:
 
 
 @pytest.mark.dist
+@pytest.mark.slow
 def test_two_ranks_give_a_sound_profile(tmp_path: Path) -> None:
     seen: list[float] = []
     only = ("add_forward", "norm_backward", "send_recv", "all_gather", "step")
