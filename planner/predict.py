@@ -86,7 +86,7 @@ def likeliest(setups: Sequence[Setup]) -> Setup:
 
 def step_model(setup: Setup) -> StepModel:
     """Return the model of the step of `setup`, for any scalars."""
-    return StepModel(setup.model, setup.workload, setup.layout, setup.cluster, setup.stack)
+    return StepModel(setup)
 
 
 def _check(setup: Setup) -> None:

@@ -48,7 +48,7 @@ def counted() -> Iterator[None]:
 
 
 def blocks(setup: Setup) -> dict[str, Block]:
-    return RankWork(setup.model, setup.workload, setup.layout, setup.cluster, setup.stack).blocks()
+    return RankWork(setup).blocks()
 
 
 def of(block: Block, *categories: int) -> float:

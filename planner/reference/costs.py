@@ -18,7 +18,7 @@ from planner.memory import context_bytes
 from planner.plan import ProfileReference, StageCost
 from planner.reference.program import Lanes, lanes_of
 from planner.reference.step import StageNs, StepModel
-from planner.setup import padded
+from planner.setup import Setup, padded
 from profiles.cluster import ClusterSpec, GpuSpec
 from profiles.errors import UnsupportedError
 from profiles.files import digest
@@ -141,7 +141,15 @@ class ReferenceCosts:
     def _step(self, layout: Layout) -> StepModel:
         """Return the step of `layout`, whose ranks hold a whole number of vocabulary rows each."""
         model = padded(self.model, self.stack.pads_vocabulary, layout.tp)
-        return StepModel(model, self.workload, layout, self.cluster, self.stack)
+        return StepModel(
+            Setup(
+                model=model,
+                workload=self.workload,
+                layout=layout,
+                cluster=self.cluster,
+                stack=self.stack,
+            )
+        )
 
     @cached_property
     def _lanes(self) -> Lanes:

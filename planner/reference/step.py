@@ -11,11 +11,8 @@ from planner.reference.places import Places
 from planner.reference.program import COMPUTE, EXCHANGE, MATMUL, MEMORY, Duration, Floats, Lanes
 from planner.reference.work import RankWork
 from planner.schedules import SCHEDULES
-from profiles.cluster import ClusterSpec
+from planner.setup import Setup
 from profiles.kernel_curves import memory_pass
-from profiles.model import ModelSpec
-from profiles.stack import StackSpec
-from profiles.workload import Workload
 from simulator.checks import Int64
 from simulator.engine import step_ns
 from simulator.schedule import Schedule
@@ -47,22 +44,16 @@ class StageNs(NamedTuple):
 class StepModel:
     """The step of one setup, for the scalars of many candidates side by side."""
 
-    def __init__(
-        self,
-        model: ModelSpec,
-        workload: Workload,
-        layout: Layout,
-        cluster: ClusterSpec,
-        stack: StackSpec,
-    ) -> None:
-        self.model, self.workload, self.layout, self.stack = model, workload, layout, stack
-        self.work = RankWork(model, workload, layout, cluster, stack)
+    def __init__(self, setup: Setup) -> None:
+        self.model, self.workload, self.layout = setup.model, setup.workload, setup.layout
+        self.stack, inter = setup.stack, setup.cluster.inter_node
+        self.work = RankWork(setup)
         self.places: Places = self.work.places
         self.blocks = self.work.blocks()
         self.stored = self.work.element
-        self.gradient_bytes = stack.gradient_bytes or self.stored
-        self.reduction_bytes = stack.reduction_bytes or self.stored
-        self.uses_host = cluster.inter_node is not None and cluster.inter_node.uses_host
+        self.gradient_bytes = self.stack.gradient_bytes or self.stored
+        self.reduction_bytes = self.stack.reduction_bytes or self.stored
+        self.uses_host = inter is not None and inter.uses_host
 
     def step_ns(self, lanes: Lanes) -> Floats:
         """Return the time of the step, float64 [L]."""

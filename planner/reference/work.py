@@ -8,15 +8,12 @@ sequence parallelism a rank holds m / tp tokens between the tensor-parallel bloc
 from collections.abc import Callable, Iterator
 from typing import final
 
-from planner.layout import Layout
 from planner.reference.passes import CAST_BYTES, LAYER_CALLS, PASSES, RECOMPUTE_CALLS
 from planner.reference.places import Places
 from planner.reference.program import ATTENTION, MATMUL, MEMORY, Block, Program
-from profiles.cluster import ClusterSpec
+from planner.setup import Setup
 from profiles.kernel_curves import Estimate, attention, matmul, memory_pass
-from profiles.model import ModelSpec
-from profiles.stack import StackSpec
-from profiles.workload import DTYPE_BYTES, Workload
+from profiles.workload import DTYPE_BYTES
 
 ALIGNED = 8
 """Elements of two bytes that tensor cores want in a row: 16 bytes, says cuBLAS."""
@@ -28,22 +25,17 @@ of 150 against 144), and those of an odd vocabulary (vTrain's runs, 50257 rows a
 
 @final
 class RankWork:
-    """The work of each rank of `layout` for one micro-batch, timed by published curves."""
+    """The work of each rank of a setup for one micro-batch, timed by published curves."""
 
-    def __init__(
-        self,
-        model: ModelSpec,
-        workload: Workload,
-        layout: Layout,
-        cluster: ClusterSpec,
-        stack: StackSpec,
-    ) -> None:
-        self.model, self.workload, self.layout, self.stack = model, workload, layout, stack
+    def __init__(self, setup: Setup) -> None:
+        self.model, self.workload, self.layout = setup.model, setup.workload, setup.layout
+        self.stack, cluster = setup.stack, setup.cluster
+        model, layout = setup.model, setup.layout
         self.places = Places(layout=layout, cluster=cluster)
         self.gpu = cluster.pools[0].gpu.name
-        self.element = DTYPE_BYTES[workload.dtype]
+        self.element = DTYPE_BYTES[setup.workload.dtype]
         tp = layout.tp
-        self.m = layout.micro_batch * workload.seq_len // layout.cp
+        self.m = layout.micro_batch * setup.workload.seq_len // layout.cp
         self.between = self.m // tp if layout.sequence_parallel else self.m
         self.h = model.hidden
         self.q = model.num_heads * model.head_size // tp
