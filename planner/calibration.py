@@ -57,8 +57,8 @@ def samples_of(runs: Sequence[PublishedRun | UnreadRun]) -> list[Sample]:
     for run in runs:
         if isinstance(run, UnreadRun) or not run.measured.step_ns:
             continue
-        setup = likeliest(run.setups)
         try:
+            setup = likeliest(run.setups)
             model = step_model(setup)
         except UnsupportedError:
             continue

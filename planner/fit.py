@@ -7,6 +7,7 @@ search is Gauss-Newton with the best of four dampings, all candidates walked sid
 in it is random.
 """
 
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -146,9 +147,7 @@ def _logs(samples: Sequence[Sample], places: Floats) -> Floats:
 
 
 def _weights(samples: Sequence[Sample]) -> Floats:
-    counts: dict[str, int] = {}
-    for sample in samples:
-        counts[sample.group] = counts.get(sample.group, 0) + 1
+    counts = Counter(sample.group for sample in samples)
     weights = np.array([counts[sample.group] ** -0.5 for sample in samples])
     return np.asarray(weights * (len(weights) / weights.sum()))
 

@@ -78,7 +78,7 @@ def band_of(stack: str, gpu: str, is_extrapolated: bool) -> Band:
     """Return the band of a prediction for `stack` on `gpu`."""
     bands = _bands()
     own = bands.get(f"{stack} {gpu}")
-    band = own or bands.get(UNSEEN, Band(0.8, 1.25))
+    band = own or bands[UNSEEN]
     if own or not is_extrapolated:
         return band
     return Band(band.low**WIDER, band.high**WIDER)

@@ -44,7 +44,6 @@ def predict(setup: Setup) -> Prediction:
     >>> 8 < found.step.p50_ns / 1e9 < 20, sum(found.parts.values()) == found.step.p50_ns
     (True, True)
     """
-    _check(setup)
     model, lanes = step_model(setup), stack_lanes(setup.stack)
     grown = model.stages(growing(lanes))
     whole = tuple(StageNs(*(part[-1:] for part in stage)) for stage in grown)
@@ -85,7 +84,11 @@ def likeliest(setups: Sequence[Setup]) -> Setup:
 
 
 def step_model(setup: Setup) -> StepModel:
-    """Return the model of the step of `setup`, for any scalars."""
+    """Return the model of the step of `setup`, for any scalars.
+
+    Raises UnsupportedError for a setup that it does not cover.
+    """
+    _check(setup)
     return StepModel(setup)
 
 

@@ -98,8 +98,11 @@ def test_more_replicas_with_as_much_work_each_are_never_faster(
     more = replace(layout, dp=2 * layout.dp)
     cluster = nodes_for(more.num_ranks, node)
     stack = replace(setup.stack, scalars=scalars(IDLE_HOST))
-    few, many = (replace(setup, model=model, layout=each, cluster=cluster, stack=stack)
-                 for each in (layout, more))  # fmt: skip
+    few, many = (
+        replace(setup, model=model, layout=each, cluster=cluster, stack=stack,
+                workload=replace(setup.workload, global_batch=each.global_batch))
+        for each in (layout, more)
+    )  # fmt: skip
     saved = sum(float(each.optimizer[0]) for each in step_model(few).stages(stack_lanes(stack)))
     assert step_ns(many) >= step_ns(few) - (saved if sharding != "none" else 0) - 100
 

@@ -159,7 +159,7 @@ class StepModel:
     def parameters(self, num_layers: int, is_first: bool, is_last: bool) -> int:
         """Return the parameters on one rank of a stage, as they are computed with."""
         work, model = self.work, self.model
-        mlp = (3 if model.mlp == "swiglu" else 2) * work.h * work.f
+        mlp = self._mlp_parameters
         if model.num_experts:
             mlp *= max(1, model.num_experts // self.layout.ep) + model.num_shared_experts
         layer = work.h * (2 * work.q + 2 * work.kv) + mlp + 4 * work.h
@@ -171,8 +171,12 @@ class StepModel:
         ep, model = self.layout.ep, self.model
         if ep == 1:
             return 0
-        each = (3 if model.mlp == "swiglu" else 2) * self.work.h * self.work.f
-        return num_layers * max(1, model.num_experts // ep) * each
+        return num_layers * max(1, model.num_experts // ep) * self._mlp_parameters
+
+    @property
+    def _mlp_parameters(self) -> int:
+        """Parameters of one MLP, or of one expert, on one rank."""
+        return self.work.h * (self.work.fan_in + self.work.f)
 
     def _messages(self, lanes: Lanes, count: int) -> Duration:
         """Return the host's share of `count` messages; inside a node it is a few launches."""
