@@ -1,6 +1,6 @@
 """Kernel times of accelerators that are not at hand, from published measurements.
 
-The numbers stand in `data/kernels.toml`; `profiles.measure.published_kernels` fits them with the
+The numbers stand in `data/kernels.toml`; `profiles.published.kernels` fits them with the
 very formulas below, so that what is shipped is what was compared with the measurements.
 """
 

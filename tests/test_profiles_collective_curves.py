@@ -12,8 +12,8 @@ from hypothesis.strategies import integers, sampled_from
 
 from profiles.collective_curves import KINDS, Group, collective
 from profiles.lookup import ring_traffic
-from profiles.measure.published_fabrics import Crossing, fit, wire_bytes
 from profiles.presets import fabric_preset, fabric_presets, link_preset
+from profiles.published.fabrics import Crossing, fit, wire_bytes
 
 LINKS = (
     "nvlink2", "nvlink2-mesh4", "nvlink3", "nvlink3-mesh4", "nvlink4", "nvlink4-mesh4", "nvlink5",

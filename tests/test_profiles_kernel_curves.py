@@ -23,10 +23,11 @@ from profiles.kernel_curves import (
     matmul_ns,
     memory_pass,
 )
-from profiles.measure import published_kernels, published_rows
-from profiles.measure.published_fit import Numbers, fit, search
-from profiles.measure.published_rows import MatmulRow
 from profiles.presets import gpu_preset, gpu_presets
+from profiles.published import kernels as published_kernels
+from profiles.published import rows as published_rows
+from profiles.published.fit import Numbers, fit, search
+from profiles.published.rows import MatmulRow
 
 TEXT = resources.files("profiles").joinpath("data", "kernels.toml").read_text(encoding="utf-8")
 TABLES: dict[str, Any] = tomllib.loads(TEXT)

@@ -8,7 +8,7 @@ from typing import NamedTuple, TypeVar
 import numpy as np
 import numpy.typing as npt
 
-from profiles.measure.published_rows import AttentionRow, MatmulRow, MemoryRow
+from profiles.published.rows import AttentionRow, MatmulRow, MemoryRow
 
 Numbers = dict[str, float]
 Residuals = Callable[[Numbers], list[float]]

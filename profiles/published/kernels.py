@@ -1,6 +1,6 @@
 """Write profiles/data/kernels.toml from published kernel measurements.
 
-Run as `python -m profiles.measure.published_kernels FOLDER`; FOLDER holds kernels.csv and
+Run as `python -m profiles.published.kernels FOLDER`; FOLDER holds kernels.csv and
 ett_kernels.csv.gz. The same folder gives the same bytes. The formulas are those of
 `profiles.kernel_curves`; here their numbers are found, by a search for the least mean of
 |ln(predicted / measured)|, which outliers hardly move.
@@ -12,15 +12,15 @@ from functools import partial
 from pathlib import Path
 
 from profiles.kernel_curves import DTYPE_BYTES, AttentionCurve, MatmulCurve, fused_ns, matmul_ns
-from profiles.measure import published_devices as devices
-from profiles.measure import published_rows as published
-from profiles.measure.published_fit import Fit, Numbers, fit
-from profiles.measure.published_rows import AttentionRow, MatmulRow, MemoryRow
 from profiles.presets import gpu_preset, gpu_presets
+from profiles.published import devices as devices
+from profiles.published import rows as published
+from profiles.published.fit import Fit, Numbers, fit
+from profiles.published.rows import AttentionRow, MatmulRow, MemoryRow
 
 TARGET = Path(__file__).parent.parent / "data" / "kernels.toml"
 HEADER = """\
-# How fast published kernels ran: written by `python -m profiles.measure.published_kernels FOLDER`.
+# How fast published kernels ran: written by `python -m profiles.published.kernels FOLDER`.
 #
 # docs/reference.md has the formulas and the rules of extrapolation. `median` and `p90` are absolute
 # relative errors over `rows` measurements, `cross_` the same over five folds, each predicted by
@@ -360,7 +360,7 @@ def kernel_tables(folder: Path) -> dict[str, Table]:
 def main() -> None:
     """Write the data file."""
     if len(sys.argv) != 2:
-        raise SystemExit("usage: python -m profiles.measure.published_kernels FOLDER")
+        raise SystemExit("usage: python -m profiles.published.kernels FOLDER")
     TARGET.write_text(render(kernel_tables(Path(sys.argv[1]))), encoding="utf-8")
 
 

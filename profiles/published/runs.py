@@ -1,6 +1,6 @@
 """Ship the published runs that the project is calibrated on: CSV tables into one packed table.
 
-    python -m profiles.measure.published_runs FOLDER
+    python -m profiles.published.runs FOLDER
 
 reads `runs.csv` and `oom_runs.csv` of FOLDER (every row with its source) and writes
 profiles/data/published_runs.csv.gz, the same bytes from the same tables.

@@ -1,6 +1,6 @@
 """Fit how fabrics carry published collectives: share of the wire rate, hop of a tree, ring step.
 
-A part of `profiles.measure.published_collectives`, which reads the measurements and writes the
+A part of `profiles.published.collectives`, which reads the measurements and writes the
 result.
 """
 

@@ -1,6 +1,6 @@
 """Write profiles/data/collectives.toml from published collective measurements.
 
-Run as `python -m profiles.measure.published_collectives FOLDER`; FOLDER holds nccl_measured.csv,
+Run as `python -m profiles.published.collectives FOLDER`; FOLDER holds nccl_measured.csv,
 kernels.csv and ett_kernels.csv.gz. The same folder gives the same bytes.
 """
 
@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import NamedTuple
 
 from profiles.lookup import ring_traffic
-from profiles.measure.published_fabrics import Crossing, Curve, Curves, Family, fit, never_falling
 from profiles.presets import fabric_preset
+from profiles.published.fabrics import Crossing, Curve, Curves, Family, fit, never_falling
 
 TARGET = Path(__file__).parent.parent / "data" / "collectives.toml"
 DATE = "2026-11-20"
@@ -313,7 +313,7 @@ FABRICS = {
 }
 
 HEAD = """\
-# Collective times, written by `python -m profiles.measure.published_collectives FOLDER`.
+# Collective times, written by `python -m profiles.published.collectives FOLDER`.
 #
 # inside: what a further rank of a node adds to a ring.
 # messages: share of the wire rate in all-to-alls and messages between nodes, the post of an
