@@ -54,10 +54,10 @@ class StageShape:
         return self.model.vocab // self.tp
 
     @property
-    def attention(self) -> tuple[int, int, int, int]:
-        """(batch, heads, seq, head) of the local attention."""
-        heads = self.model.num_heads // self.tp
-        return (self.micro_batch, heads, self.seq_len, self.model.head_size)
+    def attention(self) -> tuple[int, int, int, int, int]:
+        """(batch, heads, kv heads, seq, head) of the local attention."""
+        heads, kv_heads = self.model.num_heads // self.tp, self.model.num_kv_heads // self.tp
+        return (self.micro_batch, heads, max(1, kv_heads), self.seq_len, self.model.head_size)
 
     @property
     def layer_linears(self) -> tuple[tuple[int, int, int], ...]:

@@ -7,8 +7,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import torch
+import torch.distributed as dist
 
 Call = Callable[[], object]
+OnPoint = Callable[[str], None]
 
 # In clock cycles; long enough for the host to enqueue a batch of samples.
 _CUDA_HEAD_START_CYCLES = 4_000_000
@@ -22,6 +24,28 @@ class Budget:
     time_ns: int
     min_samples: int
     max_samples: int
+
+
+class Clock:
+    """The time that some part of a measurement has; all ranks ask it together.
+
+    Ranks that looked at clocks of their own would part ways: the first rank decides for all.
+    """
+
+    def __init__(self, seconds: float, device: torch.device) -> None:
+        self._device, self._begin_ns = device, time.perf_counter_ns()
+        self._duration_ns = round(1e9 * seconds)
+
+    @property
+    def share(self) -> float:
+        """The share of the time that has passed on this rank, 1 at most."""
+        return min(1.0, (time.perf_counter_ns() - self._begin_ns) / max(1, self._duration_ns))
+
+    def is_over(self) -> bool:
+        """Return whether the first rank's time is up; every rank must ask the same times."""
+        answer = torch.tensor([self.share >= 1.0], dtype=torch.int64, device=self._device)
+        dist.broadcast(answer, 0)
+        return bool(answer.item())
 
 
 def time_calls(calls: Sequence[Call], device: torch.device, budget: Budget) -> list[int]:
