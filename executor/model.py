@@ -14,7 +14,7 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor, nn
 
 from executor.halves import Linear, WeightHalf
-from executor.shards import local, shard_like
+from executor.shards import as_parameter_shard, local, shard_like
 from profiles.errors import UnsupportedError
 from profiles.model import ModelSpec, RopeScaling
 
@@ -175,9 +175,7 @@ class LlamaStage(nn.Module):
         Each parameter is drawn in full, in fp32 on the CPU, from a generator seeded by `seed` and
         its name, and then cut to the shard of this rank: all layouts start bit-equal.
         """
-        self.to(dtype=dtype)
-        self.to_empty(device=device)
-        self.tie()
+        self._allocate(device, dtype)
         for name, parameter in self.named_parameters():
             with torch.no_grad():
                 local(parameter).copy_(shard_like(self._first_value(name, seed, parameter.shape),
@@ -185,6 +183,13 @@ class LlamaStage(nn.Module):
         cos, sin = rope_table(self.spec, seq_len)
         self.register_buffer("cos", cos.to(device=device, dtype=dtype), persistent=False)
         self.register_buffer("sin", sin.to(device=device, dtype=dtype), persistent=False)
+
+    def _allocate(self, device: torch.device, dtype: torch.dtype) -> None:
+        for module in self.modules():
+            for name, parameter in module.named_parameters(recurse=False):
+                shard = torch.empty(local(parameter).shape, device=device, dtype=dtype)
+                setattr(module, name, nn.Parameter(as_parameter_shard(shard, parameter)))
+        self.tie()
 
     def _first_value(self, name: str, seed: int, shape: torch.Size) -> Tensor:
         if name.endswith("norm.weight"):

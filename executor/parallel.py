@@ -45,22 +45,21 @@ def axis_group(mesh: DeviceMesh | None, axis: str) -> dist.ProcessGroup | None:
     return mesh[axis].get_group()
 
 
-def build_stages(
-    recipe: Recipe, pp_index: int, mesh: DeviceMesh | None, device: torch.device
-) -> dict[int, LlamaStage]:
-    """Return this rank's shards of the stages of pipeline rank `pp_index`, by number, in order."""
+def build_stages(recipe: Recipe, pp_index: int, mesh: DeviceMesh | None) -> dict[int, LlamaStage]:
+    """Return this rank's shards of the stages of pipeline rank `pp_index`, by number, in order.
+
+    They are on the meta device, without storage and first values.
+    """
     homes = recipe.schedule.homes.tolist()
     return {
-        stage: _build_stage(recipe, stage, mesh, device)
+        stage: _build_stage(recipe, stage, mesh)
         for stage, home in enumerate(homes)
         if home == pp_index
     }
 
 
-def _build_stage(
-    recipe: Recipe, number: int, mesh: DeviceMesh | None, device: torch.device
-) -> LlamaStage:
-    """Return this rank's shard of stage `number`, initialised from the recipe's seed."""
+def _build_stage(recipe: Recipe, number: int, mesh: DeviceMesh | None) -> LlamaStage:
+    """Return this rank's shard of stage `number`, on the meta device."""
     layout = recipe.layout
     before = sum(layout.stage_layers[:number])
     with torch.device("meta"):
@@ -73,7 +72,6 @@ def _build_stage(
         )
     if mesh is not None and layout.tp > 1:
         shard_tensors(stage, mesh["tp"])
-    stage.materialise(recipe.seed, recipe.workload.seq_len, device, DTYPES[recipe.workload.dtype])
     return stage
 
 

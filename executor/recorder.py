@@ -1,6 +1,7 @@
 """What one rank did and when: marks on the host's clock or the GPU's stream, step by step."""
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import cast, get_args
 
@@ -59,11 +60,14 @@ class Recorder:
     """Collects marks; `begin` starts a step, `end` closes it, `trace` gives its times.
 
     On CUDA the marks are events, which cost a host about a microsecond and no synchronisation;
-    `trace` waits for the last of them and is therefore called one step late.
+    `trace` waits for the last of them and is therefore called one step late. Elsewhere they are
+    read off `clock`, which need not tell the time: a capture counts ops.
     """
 
-    def __init__(self, device: torch.device) -> None:
-        self._is_cuda = device.type == "cuda"
+    def __init__(
+        self, device: torch.device, clock: Callable[[], int] = time.perf_counter_ns
+    ) -> None:
+        self._is_cuda, self._clock = device.type == "cuda", clock
         self._start: Mark = 0
         self._host_ns = 0
         self._pieces: list[_Marked] = []
@@ -72,7 +76,7 @@ class Recorder:
     def mark(self) -> Mark:
         """Return this moment."""
         if not self._is_cuda:
-            return time.perf_counter_ns()
+            return self._clock()
         event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call]
         event.record()
         return event

@@ -5,6 +5,7 @@ import json
 import os
 import platform
 import statistics
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
@@ -16,11 +17,12 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
 
 from executor.data import SampleOrder, TokenStream, check_stream, sample_numbers
 from executor.memory import MemoryMeter
 from executor.model import LlamaStage
-from executor.parallel import axis_group, bucket_gradients, build_stages, make_mesh
+from executor.parallel import DTYPES, axis_group, bucket_gradients, build_stages, make_mesh
 from executor.pipeline import make_runner
 from executor.recipe import Recipe, recipe_of
 from executor.recorder import KINDS, Piece, Recorder, StepTrace
@@ -50,23 +52,38 @@ class Trainer:
     """
 
     def __init__(
-        self, recipe: Recipe, stream: TokenStream, device: torch.device, rank: int
+        self,
+        recipe: Recipe,
+        stream: TokenStream,
+        device: torch.device,
+        rank: int,
+        clock: Callable[[], int] = time.perf_counter_ns,
+        allocating: Callable[[], AbstractContextManager[object]] = nullcontext,
     ) -> None:
         check_stream(stream, recipe.model.vocab, recipe.workload.seq_len)
         self.recipe, self.device = recipe, device
         self.place = recipe.layout.place(rank)
-        self.recorder = Recorder(device)
+        self.recorder = Recorder(device, clock)
         mesh = make_mesh(recipe.layout, device)
-        stages = build_stages(recipe, self.place.pp, mesh, device)
+        stages = build_stages(recipe, self.place.pp, mesh)
         self.stages = tuple(stages.values())
+        with allocating():
+            self._allocate(stages, mesh, stream)
+
+    def _allocate(
+        self, stages: Mapping[int, LlamaStage], mesh: DeviceMesh | None, stream: TokenStream
+    ) -> None:
+        """Make everything that takes memory on the device."""
+        recipe, work = self.recipe, self.recipe.workload
+        for stage in self.stages:
+            stage.materialise(recipe.seed, work.seq_len, self.device, DTYPES[work.dtype])
         self._buckets = bucket_gradients(recipe, self.stages, mesh)
         self._runner = make_runner(recipe, stages, axis_group(mesh, "pp"), self.recorder)
-        self._order = SampleOrder(stream, recipe.workload.seq_len, recipe.seed)
+        self._order = SampleOrder(stream, work.seq_len, recipe.seed)
         self._parameters = [p for stage in self.stages for p in stage.parameters()]
         # The optimizer sees the plain shards: its update is element-wise, and DTensor's dispatch
         # would cost more than the update of a small one.
         self._shards = [nn.Parameter(local(parameter).detach()) for parameter in self._parameters]
-        work = recipe.workload
         self._optimizer = torch.optim.AdamW(
             self._shards,
             lr=work.learning_rate,

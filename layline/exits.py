@@ -14,6 +14,7 @@ _CODES = {
     "InfeasibleError": INFEASIBLE,
     "UnsupportedError": UNSUPPORTED,
     "InvalidInputError": INVALID,
+    "IncompleteProfileError": INTERRUPTED,
 }
 
 

@@ -200,7 +200,7 @@ class CostModel:
         work = work_of(parts)
         sync_f, sync_b = self._tensor_parallel(shape, layer, layout.stage_layers[stage], is_first,
                                                is_last)  # fmt: skip
-        send = self._message(shape) if layout.pp > 1 else NOTHING
+        send = self._message(shape, layout) if layout.pp > 1 else NOTHING
         work_ns = total((work.forward, work.backward)).p50_ns * layout.num_microbatches
         return StageCost(
             forward=total((work.forward, sync_f)),
@@ -208,7 +208,7 @@ class CostModel:
             weight=work.weight,
             send_forward=NOTHING if is_last else send,
             send_backward=NOTHING if is_first else send,
-            all_reduce=self._gradients(parameters, layout.dp),
+            all_reduce=self._gradients(parameters, layout),
             optimizer=self._sum((Kernel("adamw", (parameters,)),)),
             other=certain(self.table.host("step")),
             wait=certain(self.witness.skew_ns(work_ns, layout.dp * layout.pp)),
@@ -223,13 +223,17 @@ class CostModel:
         dtype = self.workload.dtype
         return total(expected(self.table.kernel(k.op, dtype, k.shape)) for k in kernels)
 
-    def _collective(self, kind: str, group_size: int, size_bytes: int) -> Cost:
-        return expected(self.table.collective(kind, group_size, size_bytes))
+    def _collective(self, kind: str, group_size: int, size_bytes: int, stride: int = 1) -> Cost:
+        """Return the time of a collective of ranks that are `stride` apart.
 
-    def _message(self, shape: StageShape) -> Cost:
+        Ranks are counted along tp first, then along dp, then along pp, as the executor does it.
+        """
+        return expected(self.table.collective(kind, group_size, size_bytes, stride))
+
+    def _message(self, shape: StageShape, layout: Layout) -> Cost:
         """Return the time of one micro-batch's activations, or their gradient, on their way."""
         size_bytes = shape.rows * self.model.hidden * DTYPE_BYTES[self.workload.dtype]
-        return self._collective("send_recv", 2, size_bytes)
+        return self._collective("send_recv", 2, size_bytes, layout.tp * layout.dp)
 
     def _tensor_parallel(
         self, shape: StageShape, layer: Work, num_layers: int, is_first: bool, is_last: bool
@@ -258,15 +262,17 @@ class CostModel:
         backward = times(total((reduce, copy, late_b)), 2 * num_layers + is_last)
         return total((forward, times(values, 3 * is_last))), backward
 
-    def _gradients(self, parameters: int, dp: int) -> Cost:
+    def _gradients(self, parameters: int, layout: Layout) -> Cost:
         """Return the all-reduce of one step's gradients, bucket by bucket."""
-        if dp == 1:
+        if layout.dp == 1:
             return NOTHING
         bucket_bytes = self.stack.gradient_bucket_bytes
         num_full, rest_bytes = divmod(parameters * DTYPE_BYTES[self.workload.dtype], bucket_bytes)
-        full = times(self._collective("all_reduce", dp, bucket_bytes), num_full)
-        rest = self._collective("all_reduce", dp, rest_bytes) if rest_bytes else NOTHING
-        return total((full, rest))
+        full, rest = (
+            self._collective("all_reduce", group_size=layout.dp, size_bytes=size, stride=layout.tp)
+            for size in (bucket_bytes, rest_bytes)
+        )
+        return total((times(full, num_full), times(rest, int(rest_bytes > 0))))
 
 
 def cost_model(
@@ -302,13 +308,13 @@ def _check_supported(job: Job, profile: Profile) -> None:
             "(rmsnorm, swiglu, rope, no biases)"
         )
     wanted = job.cluster.local_device
-    if not wanted:
-        _check_same_gpu(job, profile)
-    elif profile.device.kind != wanted:
+    if wanted and profile.device.kind != wanted:
         raise UnsupportedError(
             f"the profile measured {profile.device.kind}, the job asks for {wanted}; measure it "
             f"with `layline profile --device {wanted}`, or set cluster.device"
         )
+    if not job.foreign_profile:
+        _check_same_device(job, profile)
     if profile.device.num_ranks < job.cluster.num_ranks:
         raise UnsupportedError(
             f"the profile measured {profile.device.num_ranks} ranks of {profile.device.name}, the "
@@ -316,14 +322,19 @@ def _check_supported(job: Job, profile: Profile) -> None:
         )
 
 
-def _check_same_gpu(job: Job, profile: Profile) -> None:
-    """Raise UnsupportedError when the profile is known to be of other GPUs than the cluster's."""
+def _check_same_device(job: Job, profile: Profile) -> None:
+    """Raise UnsupportedError when the profile is known to be of other devices than the cluster's.
+
+    A cluster elsewhere has GPUs by the name of their preset, this machine by that of its driver.
+    """
     measured = known_gpu(profile.device.name)
+    names = {profile.device.name} | ({measured.name} if measured else set())
     for pool in job.cluster.pools:
-        is_other = measured is not None and measured.name != pool.gpu.name
-        if profile.device.kind == "cpu" or is_other:
+        is_cpu_elsewhere = not job.cluster.is_local and profile.device.kind == "cpu"
+        is_unknown = not job.cluster.is_local and measured is None
+        if is_cpu_elsewhere or (pool.gpu.name not in names and not is_unknown):
             raise UnsupportedError(
                 f"the profile measured {profile.device.name} ({profile.device.kind}), the cluster "
                 f"has {pool.gpu.name}; run `layline profile -o FILE` on one of its nodes and set "
-                "profile to that file"
+                "profile to that file, or set foreign_profile = true to plan with this one"
             )

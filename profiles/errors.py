@@ -1,7 +1,11 @@
-"""The subject error of this package: a file of facts that cannot be used as it stands."""
+"""The subject errors of this package: facts that cannot be used, or could not all be had."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from profiles.profile import Profile
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -34,3 +38,11 @@ class InvalidInputError(ValueError):
 
 class UnsupportedError(ValueError):
     """The input is well formed, but this version cannot model or run it."""
+
+
+class IncompleteProfileError(RuntimeError):
+    """A measurement broke off; `profile` holds what there is, and says what is missing."""
+
+    def __init__(self, profile: "Profile", reason: str) -> None:
+        self.profile = profile
+        super().__init__(reason)

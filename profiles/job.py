@@ -50,7 +50,10 @@ class SearchLimits:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
-    """One planning question. `profile_path` is empty for `auto`: this machine's own profile."""
+    """One planning question. `profile_path` is empty for `auto`: this machine's own profile.
+
+    `foreign_profile` says that the profile may be one of another device than the cluster's.
+    """
 
     seed: int
     model: ModelSpec
@@ -59,6 +62,7 @@ class Job:
     stack: StackSpec
     profile_path: str
     search: SearchLimits
+    foreign_profile: bool = False
 
 
 def read_job(path: Path, overrides: Sequence[str] = ()) -> Job:
@@ -100,6 +104,7 @@ def read_job(path: Path, overrides: Sequence[str] = ()) -> Job:
         cluster=cluster,
         stack=stack,
         profile_path=profile_path,
+        foreign_profile=data.get("foreign_profile", False),
         search=SearchLimits(
             dp=_unique(search.dp), tp=_unique(search.tp), pp=_unique(search.pp),
             micro_batch=_unique(search.micro_batch), schedule=tuple(dict.fromkeys(search.schedule)),

@@ -203,6 +203,7 @@ class JobTable(Table):
 
     seed: Annotated[int, Field(ge=0, le=2**63 - 1)] = 0
     profile: Text = "auto"
+    foreign_profile: bool = False
     model: ModelTable
     workload: WorkloadTable
     cluster: ClusterTable

@@ -68,7 +68,7 @@ class KernelSample:
     band: float = 0.0
 
     @property
-    def key(self) -> tuple[object, ...]:
+    def key(self) -> tuple[str, str, str, tuple[int, ...]]:
         """What was timed: two samples of one key are of the same thing."""
         return self.op, self.dtype, self.variant, self.shape
 
@@ -94,7 +94,7 @@ class CollectiveSample:
     band: float = 0.0
 
     @property
-    def key(self) -> tuple[object, ...]:
+    def key(self) -> tuple[str, int, int, int]:
         """What was timed: two samples of one key are of the same thing."""
         return self.kind, self.group_size, self.stride, self.size_bytes
 
@@ -118,7 +118,7 @@ class Interference:
     communication_slowdown: float
 
     @property
-    def key(self) -> tuple[object, ...]:
+    def key(self) -> tuple[str, str, tuple[int, ...], str, int, int]:
         """What was timed: two samples of one key are of the same thing."""
         return self.op, self.dtype, self.shape, self.kind, self.group_size, self.size_bytes
 

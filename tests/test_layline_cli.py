@@ -22,6 +22,7 @@ Call = Callable[..., Result]
 
 JOB = """\
 profile = "profile.json"
+foreign_profile = true
 
 [model]
 preset = "llama-demo"
