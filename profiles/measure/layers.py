@@ -5,22 +5,29 @@ planner sums kernels, and multiplies the sum by what these layers took over the 
 """
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from statistics import median
 
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
-from profiles.measure.grids import Shape
 from profiles.measure.kernels import TORCH_DTYPES, KernelPoint, merged, rotate
-from profiles.measure.timing import Budget, cuda_events
+from profiles.measure.timing import Budget, OnPoint, cuda_events
 from profiles.profile import KernelSample
+from profiles.surface import Shape
 
 LAYER_OPS = ("layer_forward", "layer_backward")
 NUM_LAYERS = 2
+
+# Shapes as in `profiles.profile`: one micro-batch, and four.
+LAYER_SHAPES: Mapping[str, tuple[Shape, ...]] = {
+    "cpu": ((1, 256, 256, 8, 32, 768), (4, 256, 256, 8, 32, 768)),
+    "cuda": ((1, 4096, 4096, 32, 128, 11008), (4, 4096, 4096, 32, 128, 11008)),
+}
+QUICK = Budget(time_ns=900_000_000, min_samples=3, max_samples=60)
+FULL = Budget(time_ns=2_500_000_000, min_samples=3, max_samples=100)
 
 
 class _Layer(nn.Module):
@@ -51,47 +58,27 @@ class _Layer(nn.Module):
         return out
 
 
-class LayerTimer:
-    """Collects times of whole layers pass by pass; every rank has the same shapes."""
-
-    def __init__(
-        self, shapes: Sequence[Shape], dtypes: Sequence[str], device: torch.device, budget: Budget
-    ) -> None:
-        self._passes: dict[KernelPoint, list[list[int]]] = {
-            KernelPoint(op=op, dtype=dtype, shape=shape): []
-            for dtype in dtypes
-            for shape in shapes
-            for op in LAYER_OPS
-        }
-        self._device, self._budget = device, budget
-
-    def run_pass(self, on_point: Callable[[str], None]) -> None:
-        """Time every layer once more; `on_point` is told what comes next."""
-        for point in self._passes:
-            on_point(point.op)
-            if point.op == LAYER_OPS[0]:
-                dist.barrier()
-                both = _time_layers(point, self._device, self._budget)
-                for op, found in zip(LAYER_OPS, both, strict=True):
-                    self._passes[replace(point, op=op)].append(found)
-
-    def samples(self) -> list[KernelSample]:
-        """Return what was found, the same on all ranks.
-
-        The passes are moved to one median: what changes between them changes for all ranks, while
-        the spread of a layer is to tell by how much equal ranks differ at one time.
-        """
-        return merged({point: _level(found) for point, found in self._passes.items()}, self._device)
+def time_layers(
+    device: torch.device, dtypes: Sequence[str], quick: bool, report: OnPoint
+) -> list[KernelSample]:
+    """Return one pass over the layers of `LAYER_SHAPES`, the same on all ranks."""
+    times: dict[KernelPoint, list[int]] = {}
+    budget = QUICK if quick else FULL
+    for dtype in dtypes:
+        for shape in LAYER_SHAPES[device.type]:
+            report("layer")
+            dist.barrier()
+            point = KernelPoint(op=LAYER_OPS[0], dtype=dtype, shape=shape)
+            both = _time_layers(point, device, budget)
+            for op, found in zip(LAYER_OPS, both, strict=True):
+                times[replace(point, op=op)] = found
+    return merged(times, device)
 
 
-def _level(passes: Sequence[Sequence[int]]) -> list[int]:
-    """Return the times of all `passes`, each scaled to the median of their medians.
-
-    >>> _level([[10, 10, 20], [30, 30, 30]])
-    [20, 20, 40, 20, 20, 20]
-    """
-    middle = median(median(times) for times in passes) if passes else 0.0
-    return [round(time * middle / median(times)) for times in passes for time in times]
+def warm_up(device: torch.device) -> None:
+    """Run a tiny layer: libraries load their code, and keep work space, at the first call."""
+    tiny = KernelPoint(op=LAYER_OPS[0], dtype="fp32", shape=(1, 16, 16, 1, 16, 16))
+    _time_layers(tiny, device, Budget(time_ns=0, min_samples=3, max_samples=3))
 
 
 def _time_layers(
