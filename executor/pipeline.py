@@ -11,14 +11,18 @@ import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
 from torch.distributed import P2POp, ProcessGroup
 from torch.distributed.pipelining import PipelineStage
-from torch.distributed.pipelining.schedules import _PipelineScheduleRuntime
+from torch.distributed.pipelining.schedules import (
+    _Action,
+    _add_send_recv,
+    _PipelineScheduleRuntime,
+)
 from torch.distributed.tensor import DTensor
 from torch.distributed.tensor.parallel import loss_parallel
 
 from executor.model import LlamaStage
 from executor.recipe import Recipe
 from executor.recorder import Recorder
-from simulator.schedule import Action, ActionKind
+from simulator.schedule import Action, ActionKind, Schedule
 
 
 class Runner(Protocol):
@@ -179,6 +183,22 @@ class PipelineRunner:
         if not losses:
             return torch.zeros((), device=tokens.device)
         return torch.stack([loss.detach() for loss in losses]).sum()
+
+
+def actions_with_messages(schedule: Schedule) -> tuple[tuple[str, ...], ...]:
+    """Return what PyTorch's runtime makes of `schedule`: each rank's actions and messages, as text.
+
+    >>> from simulator.schedule import parse_schedule
+    >>> actions_with_messages(parse_schedule("0F0 0B0\\n1F0 1B0"))[1]
+    ('1RECV_F0', '1F0', '1B0', '1SEND_B0')
+    """
+    orders: dict[int, list[_Action]] = {
+        rank: [_Action.from_str(str(action)) for action in actions]
+        for rank, actions in enumerate(schedule.ranks)
+    }
+    homes = schedule.homes.tolist()
+    lowered = _add_send_recv(orders, homes.__getitem__, schedule.num_stages)
+    return tuple(tuple(map(str, lowered[rank])) for rank in range(schedule.num_ranks))
 
 
 def _timed_stage(

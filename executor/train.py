@@ -17,7 +17,6 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import Tensor, nn
-from torch.distributed.device_mesh import DeviceMesh
 
 from executor.data import SampleOrder, TokenStream, check_stream, sample_numbers
 from executor.memory import MemoryMeter
@@ -64,27 +63,25 @@ class Trainer:
         self.recipe, self.device = recipe, device
         self.place = recipe.layout.place(rank)
         self.recorder = Recorder(device, clock)
-        mesh = make_mesh(recipe.layout, device)
-        stages = build_stages(recipe, self.place.pp, mesh)
+        self.mesh = make_mesh(recipe.layout, device)
+        stages = build_stages(recipe, self.place.pp, self.mesh)
         self.stages = tuple(stages.values())
         with allocating():
-            self._allocate(stages, mesh, stream)
+            self._allocate(stages, stream)
 
-    def _allocate(
-        self, stages: Mapping[int, LlamaStage], mesh: DeviceMesh | None, stream: TokenStream
-    ) -> None:
+    def _allocate(self, stages: Mapping[int, LlamaStage], stream: TokenStream) -> None:
         """Make everything that takes memory on the device."""
         recipe, work = self.recipe, self.recipe.workload
         for stage in self.stages:
             stage.materialise(recipe.seed, work.seq_len, self.device, DTYPES[work.dtype])
-        self._buckets = bucket_gradients(recipe, self.stages, mesh)
-        self._runner = make_runner(recipe, stages, axis_group(mesh, "pp"), self.recorder)
+        self._buckets = bucket_gradients(recipe, self.stages, self.mesh)
+        self._runner = make_runner(recipe, stages, axis_group(self.mesh, "pp"), self.recorder)
         self._order = SampleOrder(stream, work.seq_len, recipe.seed)
         self._parameters = [p for stage in self.stages for p in stage.parameters()]
         # The optimizer sees the plain shards: its update is element-wise, and DTensor's dispatch
         # would cost more than the update of a small one.
         self._shards = [nn.Parameter(local(parameter).detach()) for parameter in self._parameters]
-        self._optimizer = torch.optim.AdamW(
+        self.optimizer = torch.optim.AdamW(
             self._shards,
             lr=work.learning_rate,
             betas=(work.beta1, work.beta2),
@@ -106,7 +103,7 @@ class Trainer:
         if on_gradients is not None:
             on_gradients(self.stages)
         start = recorder.mark()
-        self._update()
+        self.update()
         recorder.add("optimizer", start)
         # Tensor-parallel ranks all hold the whole loss; the first one speaks for them.
         return loss if self.place.tp == 0 else torch.zeros_like(loss)
@@ -117,11 +114,12 @@ class Trainer:
         windows = torch.from_numpy(self._order.windows(numbers)).to(self.device)
         return windows[:, :-1].contiguous(), windows[:, 1:].contiguous()
 
-    def _update(self) -> None:
+    def update(self) -> None:
+        """Let the optimizer take the gradients in; they are gone, or zero, afterwards."""
         for parameter, shard in zip(self._parameters, self._shards, strict=True):
             assert parameter.grad is not None
             shard.grad = local(parameter.grad)
-        self._optimizer.step()
+        self.optimizer.step()
         if self._buckets is not None:
             self._buckets.zero()
             return
@@ -139,7 +137,7 @@ class Measured:
     traces: list[StepTrace] = field(default_factory=list)
 
 
-class _PendingLoss:
+class PendingLoss:
     """The loss of a step on its way over the ranks; it is read one step later, so nobody waits."""
 
     def __init__(self, part: Tensor) -> None:
@@ -253,7 +251,7 @@ def run_steps(
     measured = Measured()
     recorder = trainer.recorder
     first_traced = num_steps - num_traced_steps(num_steps)
-    pending: _PendingLoss | None = None
+    pending: PendingLoss | None = None
     _barrier(trainer.device)
     recorder.begin()
     for step in range(num_steps):
@@ -264,7 +262,7 @@ def run_steps(
         start = recorder.mark()
         if pending is not None:
             _note(measured, trainer, pending, log)
-        pending = _PendingLoss(part)
+        pending = PendingLoss(part)
         recorder.add("other", start)
         recorder.end()
     assert pending is not None
@@ -272,7 +270,7 @@ def run_steps(
     return measured
 
 
-def _note(measured: Measured, trainer: Trainer, pending: _PendingLoss, log: TextIO | None) -> None:
+def _note(measured: Measured, trainer: Trainer, pending: PendingLoss, log: TextIO | None) -> None:
     """Take down the last step that has ended."""
     step = len(measured.losses)
     trace = trainer.recorder.trace()

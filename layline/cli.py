@@ -15,6 +15,7 @@ from layline.exits import CleanGroup
 
 if TYPE_CHECKING:
     from layline.walk import Device
+    from profiles.profile import Profile
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -54,24 +55,78 @@ def doctor(as_json: bool) -> None:
 @click.option("--device", type=click.Choice(["auto", "cpu", "cuda"]), default="auto")
 @click.option("--ranks", type=click.IntRange(1, 1024), help="Ranks to measure; all by default.")
 @click.option("--quick", is_flag=True, help="A coarse grid, within 60 seconds.")
-@_out("The profile to write.")
-def profile(device: "Device", ranks: int | None, quick: bool, output: Path) -> None:
-    """Measure kernels, links and host costs here."""
-    from layline.show import progress_bar
-    from layline.walk import measure_profile
+@click.option("--show", type=FILE, multiple=True, metavar="FILE",
+              help="Measure nothing: tell of this profile; of several, what changed.")  # fmt: skip
+@click.option("--merge", type=FILE, multiple=True, metavar="FILE",
+              help="Measure nothing: make one profile of several of one machine.")  # fmt: skip
+@_out("The profile to write; with --show, an HTML page.", required=False)
+@as_json
+def profile(
+    device: "Device",
+    ranks: int | None,
+    quick: bool,
+    show: tuple[Path, ...],
+    merge: tuple[Path, ...],
+    output: Path | None,
+    as_json: bool,
+) -> None:
+    """Measure kernels, links and host costs here, or show what was measured."""
+    if (show or merge) and (quick or ranks or device != "auto" or (show and merge)):
+        raise click.UsageError("--show and --merge measure nothing, and one is enough at a time")
+    if show:
+        _show_profiles(show, output, as_json)
+        return
+    if output is None or as_json:
+        raise click.UsageError("a profile goes into a file: -o FILE, without --json")
     from profiles.files import canonical_json, check_writable, write_text
+
+    _spare(merge, output)
+    check_writable(output)
+    found, is_ours = _merged(merge) if merge else _measured(device, ranks, quick, output)
+    if not is_ours:
+        return
+    write_text(output, canonical_json(found))
+    click.echo(
+        f"{len(found.kernels)} kernels and {len(found.collectives)} collectives on "
+        f"{found.device.num_ranks} ranks of {found.device.name}"
+    )
+    for line in found.missing:
+        click.echo(f"missing: {line}")
+    click.echo(f"wrote {output}")
+
+
+def _merged(files: Sequence[Path]) -> tuple["Profile", bool]:
+    from layline.walk import merge_profiles
+
+    return merge_profiles(files), True
+
+
+def _measured(
+    device: "Device", ranks: int | None, quick: bool, output: Path
+) -> tuple["Profile", bool]:
+    """Return the profile of this machine, and whether this process is the one to write it.
+
+    What there is of one that broke off is written before the error goes on.
+    """
+    from layline.show import progress_bar
+    from layline.walk import is_rank_of_torchrun, measure_as_rank, measure_profile
+    from profiles.errors import IncompleteProfileError
+    from profiles.files import canonical_json, write_text
     from profiles.machine import default_ranks
 
-    check_writable(output)
-    with progress_bar("profile") as progress:
-        measured = measure_profile(
-            ranks or default_ranks()[0], device, quick=quick, progress=progress
-        )
-    write_text(output, canonical_json(measured))
-    click.echo(
-        f"{len(measured.kernels)} kernels and {len(measured.collectives)} collectives on "
-        f"{measured.device.num_ranks} ranks of {measured.device.name}\nwrote {output}"
-    )
+    if is_rank_of_torchrun():
+        return measure_as_rank(device, quick=quick)
+    try:
+        with progress_bar("profile") as progress:
+            found = measure_profile(
+                ranks or default_ranks()[0], device, quick=quick, progress=progress
+            )
+    except IncompleteProfileError as error:
+        write_text(output, canonical_json(error.profile))
+        raise IncompleteProfileError(
+            error.profile, f"{error}; wrote {output} with what there is"
+        ) from None
+    return found, True
 
 
 @main.command()
@@ -123,6 +178,28 @@ def simulate(plan: Path, trace: Path | None, as_json: bool) -> None:
     _print(step_json(step), step_text(step), as_json)
     if trace is not None:
         click.echo(f"wrote {trace}", err=as_json)
+
+
+@main.command()
+@click.argument("plan", type=FILE)
+@click.option("--rank", type=click.IntRange(0), default=0, show_default=True,
+              help="The rank of the job to trace.")  # fmt: skip
+@_out("Write every op and collective, in order.", required=False)
+@as_json
+def capture(plan: Path, rank: int, output: Path | None, as_json: bool) -> None:
+    """Trace one rank of PLAN.json without its hardware: ops, collectives and peak memory."""
+    from layline.capture import captured
+    from profiles.files import canonical_json, check_writable, write_text
+
+    if output is not None:
+        _spare([plan], output)
+        check_writable(output)
+    value, text = captured(plan, rank)
+    if output is not None:
+        write_text(output, canonical_json(value))
+    _print(value, text, as_json)
+    if output is not None:
+        click.echo(f"wrote {output}", err=as_json)
 
 
 @main.command()
@@ -245,25 +322,16 @@ def calibrate(runs: tuple[Path, ...], output: Path | None) -> None:
 
 
 @main.command()
-@click.argument("what", type=click.Choice(["engines", "executor"]))
+@click.argument("what", type=click.Choice(["engines", "executor", "models", "profile"]))
 @as_json
 def bench(what: str, as_json: bool) -> None:
-    """Measure the project's own speed beside a yardstick in the same run."""
-    if what == "engines":
-        from layline.show import progress_bar
-        from planner.bench import bench_engines, figures_text
+    """Measure the project's own speed, or how well it foretells this machine."""
+    from layline.bench import BENCHES
+    from layline.show import progress_bar
 
-        with progress_bar("bench") as progress:
-            measured = bench_engines(progress)
-        _print({"figures": measured}, figures_text(measured), as_json)
-        return
-    from layline.walk import require_torch
-
-    require_torch("bench")
-    from executor.bench import bench_executor, bench_text
-
-    figures = bench_executor()
-    _print(figures, bench_text(figures), as_json)
+    with progress_bar("bench") as progress:
+        figures, text = BENCHES[what](progress)
+    _print(figures, text, as_json)
 
 
 @main.command()
@@ -273,6 +341,17 @@ def demo(output: Path | None) -> None:
     from layline.demo import demonstrate
 
     demonstrate(output or Path("layline-demo"))
+
+
+def _show_profiles(files: Sequence[Path], output: Path | None, as_json: bool) -> None:
+    """Print what the profiles in `files` say, and write a page about them to `output`."""
+    from layline.profile import show
+
+    _spare(files, output)
+    value, text = show(files, output, as_json)
+    _print(value, text, as_json)
+    if output is not None:
+        click.echo(f"wrote {output}", err=as_json)
 
 
 def _spare(inputs: Sequence[Path], output: Path | None) -> None:

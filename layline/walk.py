@@ -19,6 +19,7 @@ from planner.search import make_plan, search
 from profiles.errors import InvalidInputError, UnsupportedError
 from profiles.files import canonical_json, digest, write_text
 from profiles.job import Job, read_job
+from profiles.merge import merge
 from profiles.profile import Profile
 from profiles.store import load_profile, make_room, stored_profile, stored_profile_path
 
@@ -39,6 +40,26 @@ def measure_profile(
     from profiles.measure.run import measure
 
     return measure(num_ranks, device, quick=quick, on_progress=progress)
+
+
+def is_rank_of_torchrun() -> bool:
+    """Return whether the user's own torchrun started this process, as one rank of several nodes."""
+    require_torch("profile")
+    from profiles.measure.ranks import was_launched
+
+    return was_launched()
+
+
+def measure_as_rank(device: Device = "auto", *, quick: bool) -> tuple[Profile, bool]:
+    """Return the profile that all ranks of the user's torchrun measure, and if this one writes."""
+    from profiles.measure import run
+
+    return run.measure_as_rank(device, quick=quick)
+
+
+def merge_profiles(paths: Sequence[Path]) -> Profile:
+    """Return the profiles in `paths`, all of one machine, as one."""
+    return merge([load_profile(path) for path in paths])
 
 
 def profile_for(job: Job, progress: Progress = ignore_progress) -> tuple[Profile, Path]:
@@ -150,7 +171,10 @@ __all__ = [
     "costs_for",
     "ignore_progress",
     "load_plan",
+    "is_rank_of_torchrun",
     "load_run",
+    "measure_as_rank",
+    "merge_profiles",
     "measure_profile",
     "plan_job",
     "profile_for",

@@ -208,6 +208,17 @@ def _whole(model: ModelSpec, size: Sizes, layout: Layout) -> int:
     return size.rows * model.hidden * size.element if is_gathered else 0
 
 
+def _loss_width(element: int, tp: int, stack: StackSpec) -> int:
+    """Return the bytes that the loss takes for itself, for each logit of a rank.
+
+    The logits in fp32 and their gradient; in eager PyTorch two gradients in fp32, those of the
+    log-probabilities and of the logits, and a third tensor of that size over a sharded vocabulary.
+    """
+    if stack.fuses_loss:
+        return 0
+    return 4 + element if stack.fusion != "eager" else 8 if tp == 1 else 12
+
+
 def peak_memory(
     model: ModelSpec,
     workload: Workload,
@@ -227,7 +238,7 @@ def peak_memory(
     stage_bytes = stage_activation_bytes(model, workload, layout, stack)
     activations = peak_activations(schedule, stage_bytes)
     working = _working_bytes(model, size, layout, stack)
-    logits = 0 if stack.fuses_loss else size.rows * size.vocab * (4 + size.element)
+    logits = size.rows * size.vocab * _loss_width(size.element, layout.tp, stack)
     exchange = _exchange_bytes(model, size, layout)
     accumulates = (stack.gradient_bytes or size.element) != size.element
     found = []

@@ -1,13 +1,28 @@
 """How the devices of a machine are wired: a graph of GPUs, NICs, NUMA nodes and nodes.
 
-Read from the operating system and from `nvidia-smi topo -m`; nothing here was timed.
+`profiles.topology` reads it from the operating system and `nvidia-smi`; nothing here was timed.
 """
 
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
+from operator import attrgetter
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
     import networkx as nx
+
+NETWORK = "network"
+# How the label of a NIC ends that has no link.
+DOWN = "down"
+
+# How far the ends of an edge are from each other, by its kind without the count: only the order
+# counts. A direct edge is nearer than the way around over NUMA nodes and sockets.
+_DISTANCES: Mapping[str, int] = {
+    "NV": 1, "PIX": 2, "PXB": 3, "PHB": 4, "NODE": 7, "SYS": 16, "PCIe": 4, "memory": 2,
+    "socket": 4, "network": 32,
+}  # fmt: skip
+_FARTHEST = 64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -52,3 +67,61 @@ def graph(fabric: Fabric) -> "nx.Graph[str]":
     for link in fabric.links:
         drawn.add_edge(link.first, link.second, kind=link.kind)
     return drawn
+
+
+def hops(fabric: Fabric, first: str, second: str) -> tuple[str, ...]:
+    """Return the kinds of the edges on the nearest way from `first` to `second`.
+
+    The nearest way has the least sum of the distances in `_DISTANCES`. Raises ValueError where no
+    way leads.
+
+    >>> ends = tuple(FabricNode(name=name, kind="gpu", label=name) for name in ("gpu0", "gpu1"))
+    >>> link = FabricLink(first="gpu0", second="gpu1", kind="NV18")
+    >>> hops(Fabric(nodes=ends, links=(link,)), "gpu0", "gpu1")
+    ('NV18',)
+    """
+    import networkx as nx
+
+    drawn = graph(fabric)
+    for _, _, edge in drawn.edges(data=True):
+        edge["distance"] = _DISTANCES.get(edge["kind"].rstrip("0123456789"), _FARTHEST)
+    try:
+        way = nx.shortest_path(drawn, first, second, weight="distance")
+    except (nx.NetworkXNoPath, nx.NodeNotFound) as error:
+        raise ValueError(f"no way leads from {first} to {second}: {error}") from None
+    return tuple(drawn.edges[pair]["kind"] for pair in pairwise(way))
+
+
+def merged(fabrics: Sequence[Fabric]) -> Fabric:
+    """Return the fabrics of several nodes as one, joined where their NICs meet in a network.
+
+    The network is one vertex, since nothing here tells its switches; a node without a NIC that is
+    up meets it itself. Raises ValueError if two fabrics have a vertex of one name.
+
+    >>> one, two = (Fabric(nodes=(FabricNode(name=n, kind="node", label=n),)) for n in "ab")
+    >>> [(link.first, link.second, link.kind) for link in merged([one, two]).links]
+    [('a', 'network', 'network'), ('b', 'network', 'network')]
+    """
+    if len(fabrics) == 1:
+        return fabrics[0]
+    nodes = sorted((node for fabric in fabrics for node in fabric.nodes), key=attrgetter("name"))
+    for node, following in pairwise(nodes):
+        if node.name == following.name:
+            raise ValueError(f"two fabrics have a vertex {node.name}; give each node its own name")
+    ports = []
+    for fabric in fabrics:
+        nics = [n for n in fabric.nodes if n.kind == "nic" and not n.label.endswith(DOWN)]
+        ports += nics or [n for n in fabric.nodes if n.kind == "node"]
+    links = [link for fabric in fabrics for link in fabric.links]
+    links += [FabricLink(first=port.name, second=NETWORK, kind="network") for port in ports]
+    if nodes:
+        nodes.append(FabricNode(name=NETWORK, kind="node", label="network"))
+    return ordered(nodes, links)
+
+
+def ordered(nodes: Iterable[FabricNode], links: Iterable[FabricLink]) -> Fabric:
+    """Return the fabric of these vertices and edges, sorted."""
+    return Fabric(
+        nodes=tuple(sorted(nodes, key=attrgetter("name"))),
+        links=tuple(sorted(links, key=attrgetter("first", "second", "kind"))),
+    )

@@ -8,8 +8,10 @@ from pathlib import Path
 from profiles.errors import InvalidInputError
 from profiles.files import check_writable, from_plain, read_json
 from profiles.profile import PROFILE_SCHEMA_VERSION, Profile
+from profiles.validity import errors
 
 FIX = "measure it again with `layline profile`"
+_MOST_LINES = 20
 KEEP = (
     "set XDG_CACHE_HOME to a folder that can be written, or name a file made by "
     "`layline profile -o FILE` as profile in the job"
@@ -19,7 +21,8 @@ KEEP = (
 def load_profile(path: Path) -> Profile:
     """Return the profile in `path`.
 
-    Raises InvalidInputError for a file that is missing, no profile, or of another schema.
+    Raises InvalidInputError for a file that is missing, no profile, of another schema, or with
+    values that no machine can have measured (`profiles.validity`).
     """
     data = read_json(path, "profile made by `layline profile`")
     # The version is told first: a file of another one has other keys.
@@ -31,7 +34,13 @@ def load_profile(path: Path) -> Profile:
                 f"this version reads {PROFILE_SCHEMA_VERSION}; {FIX}"
             ]
         )
-    return from_plain(Profile, data, str(path), FIX)
+    profile = from_plain(Profile, data, str(path), FIX)
+    if wrong := errors(profile):
+        lines = [f"{path}: {each.where}: {each.what}; {FIX}" for each in wrong[:_MOST_LINES]]
+        if len(wrong) > _MOST_LINES:
+            lines.append(f"{path}: and {len(wrong) - _MOST_LINES} more like these")
+        raise InvalidInputError(lines)
+    return profile
 
 
 def stored_profile_path(num_ranks: int, device_kind: str) -> Path:

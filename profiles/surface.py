@@ -10,7 +10,7 @@ processes for machine learning" (2006), sections 2.2 and 5.4.
 """
 
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from itertools import combinations
 from typing import final
 
@@ -70,40 +70,51 @@ class Surface:
     def _krige(self) -> None:
         """Choose the lengths and the nugget of greatest likelihood, and solve for the weights."""
         self._lengths, self._nugget = self._likeliest()
-        self._scale, self._inverse = self._solved(self._lengths, self._nugget)[1:]
+        self._inverse = np.asarray(
+            np.linalg.inv(self._matrix(self._lengths, self._nugget)), np.float64
+        )
         self._weights = self._inverse @ self._left
+        self._scale = max(float(self._left @ self._weights) / len(self._left), 1e-12)
 
     def _likeliest(self) -> tuple[Floats, float]:
         num_axes = self._places.shape[1]
-        best = max(
-            (self._solved(np.full(num_axes, length), nugget)[0], -length, -nugget)
+        _, length, nugget = min(
+            (self._unlikelihood(np.full(num_axes, length), nugget), length, nugget)
             for length in _LENGTHS
             for nugget in _NUGGETS
         )
-        lengths, nugget = np.full(num_axes, -best[1]), -best[2]
+        lengths = np.full(num_axes, length)
         for axis in range(num_axes if num_axes > 1 else 0):
             tried = []
             for length in _LENGTHS:
-                changed = lengths.copy()
-                changed[axis] = length
-                tried.append((self._solved(changed, nugget)[0], -length))
-            lengths[axis] = -max(tried)[1]
+                lengths[axis] = length
+                tried.append((self._unlikelihood(lengths, nugget), length))
+            lengths[axis] = min(tried)[1]
         return lengths, nugget
 
-    def _solved(self, lengths: Floats, nugget: float) -> tuple[float, float, Floats]:
-        """Return the log likelihood, the variance of the process, and the inverse of its matrix.
+    def _matrix(self, lengths: Floats, nugget: float) -> Floats:
+        """Return the correlations plus the nugget, the share that no neighbour can tell: R."""
+        matrix = _correlation(self._places, self._places, lengths)
+        spread = float(np.square(self._left).mean())
+        matrix[np.diag_indices(len(matrix))] += nugget + self._noise / spread
+        return matrix
 
-        The variance of greatest likelihood is r^T R^-1 r / n, with R the correlations plus the
-        nugget: the share of what no neighbour can tell.
+    def _unlikelihood(self, lengths: Floats, nugget: float) -> float:
+        """Return n ln(variance) + ln det R, which the greatest likelihood has least.
+
+        The variance of greatest likelihood is r^T R^-1 r / n. One factorisation tells both: the
+        last row of the Cholesky factor of [[R, r], [r^T, c]] begins with L^-1 r, where R = L L^T.
         """
         count = len(self._left)
-        matrix = _correlation(self._places, self._places, lengths)
-        spread = float(np.square(self._left).mean()) or 1.0
-        matrix[np.diag_indices(count)] += nugget + self._noise / spread
-        inverse = np.asarray(np.linalg.inv(matrix), np.float64)
-        variance = max(float(self._left @ inverse @ self._left) / count, 1e-12)
-        _, log_determinant = np.linalg.slogdet(matrix)
-        return -0.5 * (count * math.log(variance) + float(log_determinant)), variance, inverse
+        bordered = np.empty((count + 1, count + 1))
+        bordered[:count, :count] = self._matrix(lengths, nugget)
+        bordered[count, :count] = bordered[:count, count] = self._left
+        # No eigenvalue of R is below the nugget, so r^T R^-1 r is below this corner.
+        bordered[count, count] = 2.0 * float(self._left @ self._left) / nugget
+        factor = np.linalg.cholesky(bordered)
+        solved, diagonal = factor[count, :count], np.diag(factor)[:count]
+        variance = max(float(solved @ solved) / count, 1e-12)
+        return count * math.log(variance) + 2.0 * float(np.log(diagonal).sum())
 
     def at(self, shape: Shape) -> tuple[float, float]:
         """Return the time in ns at `shape`, and the standard deviation of its logarithm.
@@ -117,6 +128,42 @@ class Surface:
         near = _correlation(np.log([shape]), self._places, self._lengths)[0]
         variance = self._scale * max(1.0 + self._nugget - float(near @ self._inverse @ near), 0.0)
         return law_ns * math.exp(float(near @ self._weights)), math.sqrt(variance)
+
+    def times(self, shapes: Sequence[Shape]) -> Floats:
+        """Return the times in ns at many shapes; those of `at`, at once."""
+        laws = np.array([self._law_ns(shape) for shape in shapes])
+        if self._is_exact:
+            return laws
+        near = _correlation(np.log(np.array(shapes, np.float64)), self._places, self._lengths)
+        times: Floats = laws * np.exp(near @ self._weights)
+        return times
+
+    def deviations(self, shapes: Sequence[Shape], also: Sequence[Shape] = ()) -> Floats:
+        """Return the standard deviations of the logarithm at many shapes.
+
+        With `also` it is as if those shapes had been measured too: the variance of kriging depends
+        on where was measured, not on what was found.
+        """
+        if self._is_exact:
+            return np.zeros(len(shapes))
+        places = np.log(np.array(shapes, np.float64))
+        near = _correlation(places, self._places, self._lengths)
+        explained = ((near @ self._inverse) * near).sum(axis=1)
+        if also:
+            more = np.log(np.array(also, np.float64))
+            known = self._inverse @ _correlation(self._places, more, self._lengths)
+            left = _correlation(places, more, self._lengths) - near @ known
+            own = _correlation(more, more, self._lengths) + self._nugget * np.eye(len(more))
+            own -= _correlation(more, self._places, self._lengths) @ known
+            explained += ((left @ np.linalg.inv(own)) * left).sum(axis=1)
+        variance: Floats = self._scale * np.maximum(1.0 + self._nugget - explained, 0.0)
+        return np.asarray(np.sqrt(variance), np.float64)
+
+    def nearest(self, shapes: Sequence[Shape]) -> npt.NDArray[np.intp]:
+        """Return the index in `self.shapes` of the measured shape most like each of `shapes`."""
+        places = np.log(np.array(shapes, np.float64))
+        lengths = np.ones(places.shape[1]) if self._is_exact else self._lengths
+        return np.asarray(_correlation(places, self._places, lengths).argmax(axis=1), np.intp)
 
     def nearness(self, shape: Shape) -> Floats:
         """Return how much each measured shape, in the order of `shapes`, tells of `shape`."""

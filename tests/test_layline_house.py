@@ -92,11 +92,12 @@ def test_help_is_quick_and_light() -> None:
 CONTRACT = {
     "bench": ["--json"],
     "calibrate": ["--output"],
+    "capture": ["--json", "--output", "--rank"],
     "compare": ["--json", "--recalibrate"],
     "demo": ["--output"],
     "doctor": ["--json"],
     "plan": ["--json", "--output", "--seed", "--set", "--top"],
-    "profile": ["--device", "--output", "--quick", "--ranks"],
+    "profile": ["--device", "--json", "--merge", "--output", "--quick", "--ranks", "--show"],
     "report": ["--output"],
     "run": ["--data", "--output", "--steps"],
     "simulate": ["--json", "--trace"],

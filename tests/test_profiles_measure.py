@@ -14,8 +14,6 @@ from profiles.files import canonical_json, load, write_text
 from profiles.lookup import REFERENCE_OP, REFERENCE_SHAPES, CostTable
 from profiles.measure import grids
 from profiles.measure.kernels import OPS, Arena, buffer_sets
-from profiles.measure.links import group_sizes, link_points
-from profiles.measure.ranks import failure_reason
 from profiles.measure.reference import reference_ns
 from profiles.measure.run import measure
 from profiles.measure.timing import Budget, quantiles, time_calls
@@ -63,12 +61,6 @@ def test_quantiles_of_one_sample_are_the_sample() -> None:
     assert quantiles([7]) == (7, 7, 7)
 
 
-def test_groups_divide_the_ranks() -> None:
-    assert group_sizes(6) == (2, 3, 6)
-    assert link_points(1, (1024,)) == []
-    assert {point.group_size for point in link_points(4, (1024,))} == {2, 4}
-
-
 def test_the_reference_kernel_is_quick() -> None:
     assert reference_ns(CPU) > 0
 
@@ -114,13 +106,3 @@ def test_host_costs_of_ranks_that_talk() -> None:
     assert profile.kernels == ()
     assert profile.host_ns.keys() == set(only)
     assert profile.host_ns["dtensor_linear"] > 0
-
-
-def test_a_killed_rank_is_named_and_those_that_torchrun_ended_are_not() -> None:
-    log = (
-        "[rank0]: RuntimeError: Connection reset by peer\n"
-        "  rank      : 0 (local_rank: 0)\n  exitcode  : -15 (pid: 7)\n"
-        "  rank      : 1 (local_rank: 1)\n  exitcode  : -9 (pid: 8)\n"
-    )
-    assert failure_reason(log) == "rank 1 was killed by SIGKILL, often for want of memory"
-    assert failure_reason("ValueError: sad\n") == "ValueError: sad"

@@ -80,10 +80,10 @@ def test_leaving_out_in_closed_form_is_leaving_out() -> None:
     errors, deviations = surface.left_out()
     for i, shape in enumerate(surface.shapes):
         blind = Surface(times, works, {shape: 1e6})
-        blind.law = surface.law
-        blind._left = surface._left
+        blind.law, blind._left = surface.law, surface._left
+        matrix = blind._matrix(surface._lengths, surface._nugget)
+        blind._inverse = np.asarray(np.linalg.inv(matrix), np.float64)
         blind._lengths, blind._nugget = surface._lengths, surface._nugget
-        blind._scale, blind._inverse = blind._solved(surface._lengths, surface._nugget)[1:]
         blind._weights = blind._inverse @ blind._left
         left = math.log(times[shape] / blind.at(shape)[0])
         assert errors[i] == pytest.approx(left, abs=1e-6)
@@ -116,3 +116,12 @@ def test_one_time_is_enough_and_none_is_not() -> None:
     assert Surface({(2, 2): 500}, works).at((2, 2))[0] == pytest.approx(500)
     with pytest.raises(ValueError, match="at least one measured time"):
         Surface({}, works)
+
+
+def test_the_likelihood_is_that_of_its_formula() -> None:
+    surface = Surface({shape: bent_ns(shape) for shape in lattice(5, 9)}, works)
+    lengths, left = np.array([2.0, 4.0]), surface._left
+    matrix = surface._matrix(lengths, 0.1)
+    variance = float(left @ np.linalg.solve(matrix, left)) / len(left)
+    expected = len(left) * math.log(variance) + float(np.linalg.slogdet(matrix)[1])
+    assert surface._unlikelihood(lengths, 0.1) == pytest.approx(expected)

@@ -21,12 +21,17 @@ from torch.distributed.tensor.parallel import (
 )
 from torch.nn import functional as F  # noqa: N812
 
-from profiles.measure.links import ping_pong
-from profiles.measure.timing import Call
+from profiles.measure.collectives import ping_pong
+from profiles.measure.timing import Call, OnPoint, cuda_events, cuda_head_start
 
 _WIDTH = 16
 _NUM_MICROBATCHES = 24
 _STEP_TENSORS = 50
+# As many as the host can enqueue during the head start of a device.
+_NUM_LAUNCHES = 200
+
+# Rounds over all costs, and runs of each cost in a round.
+_QUICK, _FULL = (1, 16), (2, 40)
 
 
 def _usual_ns(call: Call, device: torch.device, repeats: int, calls_each: int = 1) -> float:
@@ -183,36 +188,70 @@ def optimizer_step(device: torch.device, repeats: int) -> float:
     return _usual_ns(call, device, repeats)
 
 
+def launch(device: torch.device, repeats: int) -> float:
+    """What the host takes to launch one of many tiny kernels in a row; it never waits for them."""
+    x = torch.ones(1, device=device)
+    times = []
+    for _ in range(repeats + 3):
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        begin = time.perf_counter_ns()
+        for _ in range(_NUM_LAUNCHES):
+            torch.add(x, x)
+        times.append((time.perf_counter_ns() - begin) / _NUM_LAUNCHES)
+    return sorted(times[3:])[repeats // 4]
+
+
+def launch_gap(device: torch.device, repeats: int) -> float:
+    """Time from kernel to kernel on the device, of kernels that do nothing; on a CPU: `launch`.
+
+    The kernels are enqueued while the device is still busy, so that it never waits for the host.
+    """
+    if device.type == "cpu":
+        return launch(device, repeats)
+    times: list[float] = []
+    for _ in range(repeats + 3):
+        start, end = cuda_events(2)
+        cuda_head_start()
+        start.record()
+        for _ in range(_NUM_LAUNCHES):
+            torch.cuda._sleep(0)  # type: ignore[no-untyped-call]
+        end.record()
+        end.synchronize()
+        times.append(1e6 * start.elapsed_time(end) / _NUM_LAUNCHES)
+    return sorted(times[3:])[repeats // 4]
+
+
 HOST_COSTS: Mapping[str, Callable[[torch.device, int], float]] = {
     "dtensor_linear": dtensor_linear,
+    "launch": launch,
+    "launch_gap": launch_gap,
     "pipeline_action": pipeline_action,
     "step": optimizer_step,
 }
 
 
-class HostTimer:
-    """Collects the host costs of `keys` pass by pass; every rank has the same keys."""
+def time_host(
+    device: torch.device, keys: Sequence[str], quick: bool, report: OnPoint
+) -> dict[str, int]:
+    """Return one pass over the costs `keys`, in ns by key, the same on all ranks.
 
-    def __init__(self, keys: Sequence[str], device: torch.device, quick: bool) -> None:
-        self._found: dict[str, list[float]] = {key: [] for key in keys}
-        self._device, self._repeats = device, 16 if quick else 40
-
-    def run_pass(self, on_point: Callable[[str], None]) -> None:
-        """Time every cost once more; `on_point` is told what comes next."""
-        for key, costs in self._found.items():
-            on_point(key)
+    A cost is the median of its rounds (one, if `quick`), and the mean of the ranks.
+    """
+    if not keys:
+        return {}
+    num_rounds, repeats = _QUICK if quick else _FULL
+    found: dict[str, list[float]] = {key: [] for key in keys}
+    for _ in range(num_rounds):
+        for key, costs in found.items():
+            report(key)
             dist.barrier()
-            costs.append(HOST_COSTS[key](self._device, self._repeats))
-
-    def costs(self) -> dict[str, int]:
-        """Return the costs in ns by key: the median over the passes, the mean over the ranks."""
-        if not self._found:
-            return {}
-        medians = [median(costs) for costs in self._found.values()]
-        total = torch.tensor(medians, dtype=torch.float64, device=self._device)
-        dist.all_reduce(total)
-        num_ranks = dist.get_world_size()
-        return {
-            key: max(0, round(cost / num_ranks))
-            for key, cost in zip(self._found, total.tolist(), strict=True)
-        }
+            costs.append(HOST_COSTS[key](device, repeats))
+    medians = [median(costs) for costs in found.values()]
+    total = torch.tensor(medians, dtype=torch.float64, device=device)
+    dist.all_reduce(total)
+    num_ranks = dist.get_world_size()
+    return {
+        key: max(0, round(cost / num_ranks))
+        for key, cost in zip(found, total.tolist(), strict=True)
+    }

@@ -1,311 +1,365 @@
-"""Times every op of the table in `profiles.profile`, as PyTorch's autograd runs it.
+"""Times kernels on all ranks at once: at shapes that designs choose, or those of an earlier pass.
 
 All ranks run the same op at the same time: on shared cores and memory, contention is part of the
 truth.
 """
 
-import math
 import random
+from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
+from itertools import zip_longest
+from typing import final
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
-from torch.nn import functional as F  # noqa: N812
-from torch.optim.adamw import adamw
 
-from profiles.measure.grids import Shape
-from profiles.measure.timing import Budget, Call, quantiles, time_calls
+from profiles.lookup import kernel_works
+from profiles.measure.buffers import TORCH_DTYPES, Arena, buffer_sets
+from profiles.measure.design import Design
+from profiles.measure.links import free_bytes
+from profiles.measure.ops import builder, ops_of, refusal, selected, variants
+from profiles.measure.shapes import Limits, anchors, candidates, flop, moved_elements
+from profiles.measure.timing import (
+    Budget,
+    Clock,
+    OnPoint,
+    num_outliers,
+    quantiles,
+    time_calls,
+)
 from profiles.profile import KernelSample
+from profiles.surface import Shape
 
-TORCH_DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+QUICK = Budget(time_ns=5_000_000, min_samples=2, max_samples=60)
+FULL = Budget(time_ns=12_000_000, min_samples=3, max_samples=60)
+_LONGEST_NS = {True: 20_000_000, False: 200_000_000}
 
-# Input sets are rotated until together they exceed this; L1 and L2 then hold none of them.
-_ROTATION_BYTES = {"cpu": 8 << 20, "cuda": 128 << 20}
-_MAX_SETS = 6
+# A round is so many surfaces, and so many shapes of each: few enough to follow what was found,
+# many enough that fitting does not take the time of measuring.
+_SURFACES_A_ROUND, _SHAPES_A_ROUND = 4, 3
 
-# Elements between two tensors of an arena: without a gap, tensors whose sizes are powers of two
-# would share the low bits of their addresses and push each other out of the caches.
-_STAGGER = 320
-_ARENA_ELEMENTS = {"cpu": 1 << 24, "cuda": 1 << 28}
+# Other variants are there to be compared with the default, at few shapes.
+_VARIANT_SHAPES, _VARIANTS_UNTIL = 3, 0.4
+_REPEATS_TO_KEEP = 40
 
-
-class Arena:
-    """Random tensors of one dtype: views that move through one block, or fresh if large."""
-
-    def __init__(self, device: torch.device, dtype: torch.dtype, num_elements: int = 0) -> None:
-        self.device, self.dtype = device, dtype
-        seed = torch.randn(1 << 20, device=device, dtype=dtype)
-        self._block = seed.repeat((num_elements or _ARENA_ELEMENTS[device.type]) >> 20)
-        self._offset = 0
-        self.taken_bytes = 0
-
-    def take(self, *shape: int) -> Tensor:
-        """Return a tensor of `shape` with random values; its memory is lent, do not write."""
-        size = math.prod(shape)
-        if size > len(self._block) // 16:
-            return self.fresh(*shape)
-        if self._offset + size > len(self._block):
-            self._offset = 0
-        view = self._block[self._offset : self._offset + size].view(shape)
-        self._offset += -(-size // 64) * 64 + _STAGGER
-        self.taken_bytes += size * self.dtype.itemsize
-        return view
-
-    def fresh(self, *shape: int) -> Tensor:
-        """Return a tensor of `shape` with random values and memory of its own."""
-        size = math.prod(shape)
-        values = torch.empty(size, device=self.device, dtype=self.dtype)
-        for begin in range(0, size, len(self._block)):
-            part = values[begin : begin + len(self._block)]
-            part.copy_(self._block[: len(part)])
-        self.taken_bytes += size * self.dtype.itemsize
-        return values.view(shape)
-
-    def integers(self, high: int, *shape: int) -> Tensor:
-        """Return random whole numbers below `high`."""
-        return torch.randint(high, shape, device=self.device)
-
-
-def _backward(output: Tensor, inputs: Sequence[Tensor], gradient: Tensor) -> Call:
-    """Return a call of the backward alone, over a graph that stays."""
-    return lambda: torch.autograd.grad(output, inputs, gradient, retain_graph=True)
-
-
-def _linear_forward(arena: Arena, shape: Shape) -> Call:
-    m, n, k = shape
-    x, w = arena.take(m, k), arena.take(n, k)
-    return lambda: F.linear(x, w)
-
-
-def _linear_dgrad(arena: Arena, shape: Shape) -> Call:
-    m, n, k = shape
-    dy, w = arena.take(m, n), arena.take(n, k)
-    return lambda: dy @ w
-
-
-def _linear_wgrad(arena: Arena, shape: Shape) -> Call:
-    m, n, k = shape
-    dy, x = arena.take(m, n), arena.take(m, k)
-    return lambda: dy.t() @ x
-
-
-def _heads(arena: Arena, shape: Shape) -> Tensor:
-    """Return [batch, heads, seq, head], strided as a projection's output is."""
-    batch, heads, seq, head = shape
-    return arena.take(batch, seq, heads, head).transpose(1, 2)
-
-
-def _attention_forward(arena: Arena, shape: Shape) -> Call:
-    q, k, v = (_heads(arena, shape).detach().requires_grad_() for _ in range(3))
-    return lambda: F.scaled_dot_product_attention(q, k, v, is_causal=True)
-
-
-def _attention_backward(arena: Arena, shape: Shape) -> Call:
-    q, k, v = (_heads(arena, shape).detach().requires_grad_() for _ in range(3))
-    out = F.scaled_dot_product_attention(q, k, v, is_causal=True)
-    return _backward(out, (q, k, v), _heads(arena, shape))
-
-
-def _norm_operands(arena: Arena, shape: Shape) -> tuple[Tensor, Tensor]:
-    x, weight = arena.take(*shape), arena.take(shape[1])
-    return x.detach().requires_grad_(), weight.detach().requires_grad_()
-
-
-def _norm_forward(arena: Arena, shape: Shape) -> Call:
-    x, weight = _norm_operands(arena, shape)
-    return lambda: F.rms_norm(x, (shape[1],), weight, 1e-5)
-
-
-def _norm_backward(arena: Arena, shape: Shape) -> Call:
-    x, weight = _norm_operands(arena, shape)
-    return _backward(F.rms_norm(x, (shape[1],), weight, 1e-5), (x, weight), arena.take(*shape))
-
-
-def rotate(x: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Return `x` [..., head] rotated by position, as the executor does it."""
-    x1, x2 = x.chunk(2, -1)
-    return torch.cat((x1 * cos - x2 * sin, x2 * cos + x1 * sin), -1)
-
-
-def _rope_operands(arena: Arena, shape: Shape) -> tuple[Tensor, Tensor, Tensor]:
-    seq, heads, head = shape[0] // 512, 8, 64
-    x = arena.take(seq, heads, head).detach().requires_grad_()
-    return x, arena.take(seq, 1, head // 2), arena.take(seq, 1, head // 2)
-
-
-def _rope_forward(arena: Arena, shape: Shape) -> Call:
-    x, cos, sin = _rope_operands(arena, shape)
-    return lambda: rotate(x, cos, sin)
-
-
-def _rope_backward(arena: Arena, shape: Shape) -> Call:
-    x, cos, sin = _rope_operands(arena, shape)
-    return _backward(rotate(x, cos, sin), (x,), arena.take(*x.shape))
-
-
-def _swiglu_forward(arena: Arena, shape: Shape) -> Call:
-    gate, up = (arena.take(*shape).detach().requires_grad_() for _ in range(2))
-    return lambda: F.silu(gate) * up
-
-
-def _swiglu_backward(arena: Arena, shape: Shape) -> Call:
-    gate, up = (arena.take(*shape).detach().requires_grad_() for _ in range(2))
-    return _backward(F.silu(gate) * up, (gate, up), arena.take(*shape))
-
-
-def _add(arena: Arena, shape: Shape) -> Call:
-    """Forward adds two branches, backward the gradients of two branches: one kernel."""
-    left, right = arena.take(*shape), arena.take(*shape)
-    return lambda: left + right
-
-
-def _embedding_forward(arena: Arena, shape: Shape) -> Call:
-    rows, width, vocab = shape
-    weight, tokens = arena.take(vocab, width).detach(), arena.integers(vocab, rows)
-    weight.requires_grad_()
-    return lambda: F.embedding(tokens, weight)
-
-
-def _embedding_backward(arena: Arena, shape: Shape) -> Call:
-    rows, width, vocab = shape
-    weight, tokens = arena.take(vocab, width).detach(), arena.integers(vocab, rows)
-    weight.requires_grad_()
-    return _backward(F.embedding(tokens, weight), (weight,), arena.take(rows, width))
-
-
-def _cross_entropy_forward(arena: Arena, shape: Shape) -> Call:
-    logits, targets = arena.take(*shape).detach(), arena.integers(shape[1], shape[0])
-    logits.requires_grad_()
-    return lambda: F.cross_entropy(logits.float(), targets)
-
-
-def _cross_entropy_backward(arena: Arena, shape: Shape) -> Call:
-    logits, targets = arena.take(*shape).detach(), arena.integers(shape[1], shape[0])
-    logits.requires_grad_()
-    loss = F.cross_entropy(logits.float(), targets)
-    return _backward(loss, (logits,), torch.ones_like(loss))
-
-
-def _adamw(arena: Arena, shape: Shape) -> Call:
-    """The fused kernel without the optimizer object, whose cost is `host_ns["step"]`."""
-    weight, gradient, mean, square = (arena.fresh(*shape) for _ in range(4))
-    square.abs_()
-    count = torch.ones((), dtype=torch.float32, device=arena.device)
-
-    def call() -> None:
-        adamw(
-            [weight], [gradient], [mean], [square], [], [count], fused=True, amsgrad=False,
-            beta1=0.9, beta2=0.95, lr=1e-5, weight_decay=0.1, eps=1e-8, maximize=False,
-        )  # fmt: skip
-
-    return call
-
-
-OPS: Mapping[str, Callable[[Arena, Shape], Call]] = {
-    "linear_forward": _linear_forward,
-    "linear_dgrad": _linear_dgrad,
-    "linear_wgrad": _linear_wgrad,
-    "attention_forward": _attention_forward,
-    "attention_backward": _attention_backward,
-    "norm_forward": _norm_forward,
-    "norm_backward": _norm_backward,
-    "rope_forward": _rope_forward,
-    "rope_backward": _rope_backward,
-    "swiglu_forward": _swiglu_forward,
-    "swiglu_backward": _swiglu_backward,
-    "add_forward": _add,
-    "add_backward": _add,
-    "embedding_forward": _embedding_forward,
-    "embedding_backward": _embedding_backward,
-    "cross_entropy_forward": _cross_entropy_forward,
-    "cross_entropy_backward": _cross_entropy_backward,
-    "adamw": _adamw,
+# What tells how fast a device is, before it is known which shapes it can do in time.
+_PROBES: Mapping[str, tuple[Shape, Shape]] = {
+    "cpu": ((256, 256, 256), (1 << 22,)),
+    "cuda": ((4096, 4096, 4096), (1 << 26,)),
 }
+# Most elements that an arena takes of a device's free memory, one part in so many.
+_ARENA_PART = 16
 
-
-def buffer_sets(op: str, arena: Arena, shape: Shape) -> list[Call]:
-    """Return the op at `shape` over several sets of inputs, so that none is found in L1 or L2."""
-    arena.taken_bytes = 0
-    calls = [OPS[op](arena, shape)]
-    num_sets = -(-_ROTATION_BYTES[arena.device.type] // max(1, arena.taken_bytes))
-    calls += [OPS[op](arena, shape) for _ in range(min(max(2, num_sets), _MAX_SETS) - 1)]
-    return calls
+Keep = Callable[[Sequence[KernelSample]], None]
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class KernelPoint:
-    """One op at one shape and dtype."""
+    """One variant of one op at one shape and dtype."""
 
     op: str
     dtype: str
     shape: Shape
+    variant: str = ""
+
+    def __str__(self) -> str:
+        """Return the point as a message names it."""
+        return " ".join(filter(None, (self.op, self.dtype, self.variant, str(self.shape))))
 
 
-class KernelTimer:
-    """Collects times of `points` pass by pass; every rank has the same points."""
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Exploration:
+    """The samples of one pass; `missing` says what was to be measured and is not here, and why."""
 
-    def __init__(self, points: Sequence[KernelPoint], device: torch.device, budget: Budget) -> None:
-        self._times: dict[KernelPoint, list[int]] = {point: [] for point in points}
-        self._device, self._budget = device, budget
-        self._chance = random.Random(0)
+    samples: tuple[KernelSample, ...]
+    missing: tuple[str, ...]
 
-    def run_pass(self, on_point: Callable[[str], None]) -> None:
-        """Time every point once more; `on_point` is told what comes next.
 
-        The order is shuffled, the same on all ranks: a disturbance then hits some points of all
-        ops, and not one op at all its shapes.
+def explore(
+    device: torch.device, dtypes: Sequence[str], ops: Sequence[str], quick: bool, clock: Clock,
+    report: OnPoint, keep: Keep,
+) -> Exploration:  # fmt: skip
+    """Return the times of `ops` at shapes chosen as it goes; all ranks call this alike.
+
+    First every op has the seeds of its design, in turns, so that an early end finds all of them;
+    then each round goes to the surfaces that state the largest error, until all are settled or the
+    clock is over. `keep` is told of all samples after each round, on all ranks.
+    """
+    bench = _Bench(device, QUICK if quick else FULL, clock, report, keep)
+    surfaces = _designs(bench, dtypes, ops, quick)
+    asked = _in_turns([surface.seeds() for surface in surfaces])
+    bench.run(asked)
+    if not quick:
+        rare = _in_turns([
+            surface.other_variants(variant)
+            for surface in surfaces
+            for variant in variants(surface.op, device.type)[1:]
+            if bench.can_run(surface.op, surface.dtype, variant)
+        ])  # fmt: skip
+        bench.run(rare, until=_VARIANTS_UNTIL)
+        asked += rare
+    while not bench.is_over and (points := _next_round(surfaces, bench)):
+        bench.run(points)
+    return bench.finished(asked)
+
+
+def repeat(
+    device: torch.device, points: Sequence[KernelPoint], quick: bool, clock: Clock,
+    report: OnPoint, keep: Keep, seed: int = 0,
+) -> Exploration:  # fmt: skip
+    """Return the times of `points` again, as far as the clock allows; all ranks call this alike.
+
+    The order is shuffled by `seed`: a disturbance then hits some points of all ops, and not one op
+    at all its shapes.
+    """
+    bench = _Bench(device, QUICK if quick else FULL, clock, report, keep)
+    order = [point for point in points if bench.can_run(point.op, point.dtype, point.variant)]
+    random.Random(seed).shuffle(order)
+    for begin in range(0, len(order), _REPEATS_TO_KEEP):
+        bench.run(order[begin : begin + _REPEATS_TO_KEEP])
+        if bench.is_over:
+            break
+    return bench.finished(order)
+
+
+@final
+class _Explored:
+    """One op in one dtype, with the design of its default variant."""
+
+    def __init__(self, op: str, dtype: str, design: Design) -> None:
+        self.op, self.dtype, self.design = op, dtype, design
+
+    def seeds(self) -> list[KernelPoint]:
+        """Return the points to begin with."""
+        return [self.point(shape) for shape in self.design.seeds()]
+
+    def other_variants(self, variant: str) -> list[KernelPoint]:
+        """Return points of another variant: seeds from the least to the most work."""
+        seeds = sorted(self.design.seeds(), key=lambda shape: kernel_works(self.op, shape)[0])
+        step = max(1, (len(seeds) - 1) // (_VARIANT_SHAPES - 1))
+        return [self.point(shape, variant) for shape in seeds[::step]][:_VARIANT_SHAPES]
+
+    def point(self, shape: Shape, variant: str = "") -> KernelPoint:
+        """Return the point of this op at `shape`."""
+        return KernelPoint(op=self.op, dtype=self.dtype, shape=shape, variant=variant)
+
+    def worth(self, samples: Mapping[KernelPoint, KernelSample]) -> float:
+        """Return what another sample is worth: stated error over target, less where many are.
+
+        What many samples have not settled is noise of the machine, which more would not settle.
         """
-        order = list(self._times)
-        self._chance.shuffle(order)
-        for dtype in sorted({point.dtype for point in order}):
-            arena = Arena(self._device, TORCH_DTYPES[dtype])
-            for point in order:
-                if point.dtype == dtype:
-                    on_point(point.op)
-                    dist.barrier()
-                    self._times[point] += self._sample(point, arena)
+        times = self.times(samples)
+        excess = self.design.error(times).excess if times else 0.0
+        return excess / len(times) ** 0.5 if excess > 1.0 else 0.0
 
-    def _sample(self, point: KernelPoint, arena: Arena) -> list[int]:
+    def times(self, samples: Mapping[KernelPoint, KernelSample]) -> dict[Shape, int]:
+        """Return the medians of this op's default variant by shape."""
+        return {
+            point.shape: sample.p50_ns
+            for point, sample in samples.items()
+            if (point.op, point.dtype, point.variant) == (self.op, self.dtype, "")
+        }
+
+
+def _in_turns(rows: Sequence[Sequence[KernelPoint]]) -> list[KernelPoint]:
+    """Return the first of every row, then the second of every row, and so on."""
+    return [point for turn in zip_longest(*rows) for point in turn if point is not None]
+
+
+def _next_round(surfaces: Sequence[_Explored], bench: "_Bench") -> list[KernelPoint]:
+    """Return what to measure next, empty when all is settled.
+
+    The same samples give the same choice but for the last bits of unlike processors, so the first
+    rank chooses for all.
+    """
+    rows = torch.full((_SURFACES_A_ROUND * _SHAPES_A_ROUND, 2), -1, dtype=torch.int64)
+    if dist.get_rank() == 0:
+        chosen: list[tuple[int, int]] = []
+        worths = {i: surface.worth(bench.samples) for i, surface in enumerate(surfaces)}
+        for i in sorted(worths, key=lambda i: (-worths[i], i)):
+            if not worths[i] or len(chosen) + _SHAPES_A_ROUND > len(rows):
+                break
+            surface, design = surfaces[i], surfaces[i].design
+            failed = [point.shape for point in bench.failed if surface.point(point.shape) == point]
+            found = design.next(surface.times(bench.samples), _SHAPES_A_ROUND, failed)
+            chosen += [(i, design.candidates.index(shape)) for shape in found]
+        rows[: len(chosen)] = torch.tensor(chosen, dtype=torch.int64).reshape(-1, 2)
+    rows = rows.to(bench.device)
+    dist.broadcast(rows, 0)
+    return [surfaces[i].point(surfaces[i].design.candidates[j]) for i, j in rows.tolist() if i >= 0]
+
+
+def _designs(
+    bench: "_Bench", dtypes: Sequence[str], ops: Sequence[str], quick: bool
+) -> list[_Explored]:
+    explored = []
+    for dtype in dtypes:
+        known = [op for op in ops_of(bench.device.type, dtype) if op in ops]
+        known = [op for op in known if bench.can_run(op, dtype)]
+        limits = bench.limits(dtype, _LONGEST_NS[quick]) if known else None
+        for op in known:
+            assert limits is not None
+            shapes = candidates(op, _bytes(dtype), bench.device.type, limits, quick)
+            fixed = [shape for shape in anchors(op, bench.device.type) if shape in shapes]
+            design = Design(
+                shapes, partial(kernel_works, op), anchors=fixed, longest_ns=limits.longest_ns,
+                overhead_ns=bench.budget.time_ns,
+            )  # fmt: skip
+            explored.append(_Explored(op, dtype, design))
+    return explored
+
+
+def _bytes(dtype: str) -> int:
+    return TORCH_DTYPES[dtype].itemsize
+
+
+@final
+class _Bench:
+    """Times points on all ranks together; every rank makes the same calls of it."""
+
+    def __init__(
+        self, device: torch.device, budget: Budget, clock: Clock, report: OnPoint, keep: Keep
+    ) -> None:
+        self.device, self.budget, self.is_over = device, budget, False
+        self.samples: dict[KernelPoint, KernelSample] = {}
+        self.failed: dict[KernelPoint, str] = {}
+        self._clock, self._report, self._keep = clock, report, keep
+        self._free_bytes = free_bytes(device)
+        self._arenas: dict[str, Arena] = {}
+        self._refused: list[str] = []
+
+    def can_run(self, op: str, dtype: str, variant: str = "") -> bool:
+        """Return whether this device can run a variant at all; if not, it is missing."""
+        known = variant in variants(op, self.device.type)
+        reason = refusal(variant, dtype, self.device) if known else "this device has no such kernel"
+        if reason:
+            self._refused.append(" ".join(filter(None, (op, dtype, variant))) + f": {reason}")
+        return not reason
+
+    def limits(self, dtype: str, longest_ns: int) -> Limits:
+        """Return what bounds shapes of `dtype` here, by a product and a copy on the slowest rank.
+
+        fp8 is copied as bf16 is: nothing but products is measured of it.
+        """
+        product, copy = _PROBES[self.device.type]
+        took = [self._probe_ns("linear_forward", dtype, product)]
+        took.append(self._probe_ns("copy", "bf16" if dtype == "fp8" else dtype, copy))
+        slowest = torch.tensor(took, device=self.device)
+        dist.all_reduce(slowest, dist.ReduceOp.MAX)
+        product_ns, copy_ns = slowest.tolist()
+        copy_bytes = moved_elements("copy", copy) * _bytes(dtype)
+        return Limits(
+            flop_per_s=1e9 * flop("linear_forward", product) / product_ns,
+            bytes_per_s=1e9 * copy_bytes / copy_ns,
+            longest_ns=longest_ns,
+            memory_bytes=self._free_bytes,
+        )
+
+    def _probe_ns(self, op: str, dtype: str, shape: Shape) -> int:
+        calls = buffer_sets(builder(op), self._arena(dtype), shape)
+        return min(time_calls(calls, self.device, Budget(time_ns=0, min_samples=2, max_samples=2)))
+
+    def run(self, points: Sequence[KernelPoint], until: float = 1.0) -> None:
+        """Time `points`, as far as the clock's share `until` allows, and keep what is found."""
+        times: dict[KernelPoint, list[int]] = {}
+        for point in points:
+            if self._clock.is_over(until):
+                self.is_over = self._clock.is_over()
+                break
+            self._report(point.op)
+            times[point] = self._times(point)
+        for point, sample in zip(times, merged_or_none(times, self.device), strict=True):
+            if sample is None:
+                self.failed.setdefault(point, "it did not run on another rank")
+            else:
+                self.samples[point] = sample
+        self._keep(tuple(self.samples.values()))
+
+    def _times(self, point: KernelPoint) -> list[int]:
+        dist.barrier()
         try:
-            calls = buffer_sets(point.op, arena, point.shape)
-            return time_calls(calls, self._device, self._budget)
-        except torch.OutOfMemoryError:
-            torch.cuda.empty_cache()
+            with selected(point.variant):
+                build = builder(point.op, point.variant)
+                calls = buffer_sets(build, self._arena(point.dtype), point.shape)
+                return time_calls(calls, self.device, self.budget)
+        except (RuntimeError, MemoryError) as error:
+            # After a fault of the device itself nothing that it says is to be trusted.
+            if isinstance(error, torch.AcceleratorError):
+                raise
+            self.failed[point] = _reason(error)
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
             return []
 
-    def samples(self) -> list[KernelSample]:
-        """Return what was found; all ranks together, and all get the same.
+    def _arena(self, dtype: str) -> Arena:
+        if dtype not in self._arenas:
+            most = self._free_bytes // _ARENA_PART // _bytes(dtype)
+            self._arenas[dtype] = Arena(self.device, TORCH_DTYPES[dtype], most)
+        return self._arenas[dtype]
 
-        A sample's quantiles are the means of the ranks' quantiles. A point that does not fit into
-        some rank's memory is left out.
-        """
-        return merged(self._times, self._device)
+    def finished(self, asked: Sequence[KernelPoint]) -> Exploration:
+        """Return all samples, and what of `asked` is missing, a line for each op and reason."""
+        missing = [*self._refused, *(f"{point}: {why}" for point, why in self.failed.items())]
+        left = Counter(
+            " ".join(filter(None, (point.op, point.dtype, point.variant)))
+            for point in asked
+            if point not in self.samples and point not in self.failed
+        )
+        missing += [f"{name}: {count} shapes, the time was over" for name, count in left.items()]
+        return Exploration(samples=tuple(self.samples.values()), missing=tuple(missing))
+
+
+def _reason(error: Exception) -> str:
+    text = str(error).strip()
+    if isinstance(error, torch.OutOfMemoryError | MemoryError) or "allocate memory" in text:
+        return "out of memory"
+    return text.splitlines()[0][:200] if text else type(error).__name__
 
 
 def merged(times: Mapping[KernelPoint, list[int]], device: torch.device) -> list[KernelSample]:
-    """Return the samples of `times`, the same on all ranks, as `KernelTimer.samples` says."""
+    """Return the samples of one pass, the same on all ranks, without points that failed on any."""
+    return [sample for sample in merged_or_none(times, device) if sample is not None]
+
+
+def merged_or_none(
+    times: Mapping[KernelPoint, list[int]], device: torch.device
+) -> list[KernelSample | None]:
+    """Return the samples of one pass, None where a rank has no times; all ranks together.
+
+    A sample's quantiles are the means of the ranks' quantiles; it has as many calls as the rank
+    with the fewest, and as many outliers as the one with the most.
+    """
     if not times:
         return []
-    rows = [(*quantiles(found), len(found)) if found else (0, 0, 0, 0) for found in times.values()]
+    rows = [(*quantiles(found), len(found), num_outliers(found)) if found else (0,) * 5
+            for found in times.values()]  # fmt: skip
     total = torch.tensor(rows, dtype=torch.float64, device=device)
-    fewest = total[:, 3].clone()
+    fewest, most = total[:, 3].clone(), total[:, 4].clone()
     dist.all_reduce(total)
     dist.all_reduce(fewest, dist.ReduceOp.MIN)
-    num_ranks = dist.get_world_size()
+    dist.all_reduce(most, dist.ReduceOp.MAX)
+    means = (total[:, :3] / dist.get_world_size()).tolist()
     return [
-        KernelSample(
-            op=point.op,
-            dtype=point.dtype,
-            shape=point.shape,
-            p10_ns=max(1, round(p10 / num_ranks)),
-            p50_ns=max(1, round(p50 / num_ranks)),
-            p90_ns=max(1, round(p90 / num_ranks)),
-            num_samples=round(count),
+        _sample(point, mean, round(few), round(many)) if few else None
+        for point, mean, few, many in zip(
+            times, means, fewest.tolist(), most.tolist(), strict=True
         )
-        for point, (p10, p50, p90, count), few in zip(
-            times, total.tolist(), fewest.tolist(), strict=True
-        )
-        if few
-    ]
+    ]  # fmt: skip
+
+
+def _sample(point: KernelPoint, mean: Sequence[float], count: int, outlying: int) -> KernelSample:
+    p10_ns, p50_ns, p90_ns = (max(1, round(time_ns)) for time_ns in mean)
+    return KernelSample(
+        op=point.op,
+        dtype=point.dtype,
+        shape=point.shape,
+        variant=point.variant,
+        p10_ns=p10_ns,
+        p50_ns=p50_ns,
+        p90_ns=p90_ns,
+        num_samples=count,
+        num_outliers=min(outlying, count),
+        medians_ns=(p50_ns,),
+    )

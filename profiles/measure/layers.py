@@ -13,7 +13,9 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
-from profiles.measure.kernels import TORCH_DTYPES, KernelPoint, merged, rotate
+from profiles.measure.buffers import TORCH_DTYPES
+from profiles.measure.kernels import KernelPoint, merged
+from profiles.measure.ops import rotate
 from profiles.measure.timing import Budget, OnPoint, cuda_events
 from profiles.profile import KernelSample
 from profiles.surface import Shape

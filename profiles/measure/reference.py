@@ -3,7 +3,8 @@
 import torch
 
 from profiles.lookup import REFERENCE_OP, REFERENCE_SHAPES
-from profiles.measure.kernels import OPS, TORCH_DTYPES, Arena
+from profiles.measure.buffers import TORCH_DTYPES, Arena
+from profiles.measure.ops import OPS
 from profiles.measure.timing import Budget, quantiles, time_calls
 
 _BUDGET = Budget(time_ns=20_000_000, min_samples=5, max_samples=50)

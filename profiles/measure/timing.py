@@ -1,10 +1,17 @@
-"""Timing of calls: warm up, rotate over buffer sets, stop at a time budget; quantiles in ns."""
+"""Timing of calls: warm up, rotate over buffer sets, stop at a time budget; quantiles in ns.
+
+Outliers stay in the quantiles: what disturbs a measurement disturbs a training step as well.
+"""
 
 import itertools
 import math
+import shutil
+import subprocess
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from statistics import mean, median
 
 import torch
 import torch.distributed as dist
@@ -15,6 +22,11 @@ OnPoint = Callable[[str], None]
 # In clock cycles; long enough for the host to enqueue a batch of samples.
 _CUDA_HEAD_START_CYCLES = 4_000_000
 _CUDA_BATCH = 10
+
+_MAX_WARM_UPS = 8
+_SETTLED = 0.05
+# A call that took more than this times the median of its pass was disturbed.
+_OUTLYING = 2
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -41,9 +53,9 @@ class Clock:
         """The share of the time that has passed on this rank, 1 at most."""
         return min(1.0, (time.perf_counter_ns() - self._begin_ns) / max(1, self._duration_ns))
 
-    def is_over(self) -> bool:
-        """Return whether the first rank's time is up; every rank must ask the same times."""
-        answer = torch.tensor([self.share >= 1.0], dtype=torch.int64, device=self._device)
+    def is_over(self, at_share: float = 1.0) -> bool:
+        """Return whether `at_share` of the first rank's time is up; all ranks must ask together."""
+        answer = torch.tensor([self.share >= at_share], dtype=torch.int64, device=self._device)
         dist.broadcast(answer, 0)
         return bool(answer.item())
 
@@ -54,9 +66,9 @@ def time_calls(calls: Sequence[Call], device: torch.device, budget: Budget) -> l
     On CUDA the times are those of the device, without the launch: the host runs ahead.
     """
     rotation = itertools.cycle(calls)
+    _warm_up(rotation, device, budget)
     if device.type == "cuda":
         return _time_cuda(rotation, budget)
-    _warm_up(rotation, budget)
     clock = time.perf_counter_ns
     samples: list[int] = []
     deadline = clock() + budget.time_ns
@@ -71,23 +83,27 @@ def time_calls(calls: Sequence[Call], device: torch.device, budget: Budget) -> l
             return samples
 
 
-def _warm_up(rotation: "itertools.cycle[Call]", budget: Budget) -> None:
-    """Call until two times in a row are within 20 %, at most 5 times."""
-    clock = time.perf_counter_ns
-    begin, previous_ns = clock(), math.inf
-    for _ in range(5):
-        start = clock()
-        next(rotation)()
-        end = clock()
-        if abs(end - start - previous_ns) < 0.2 * previous_ns or end - begin > budget.time_ns:
+def _warm_up(rotation: "itertools.cycle[Call]", device: torch.device, budget: Budget) -> None:
+    """Call until two times in a row are within 5 %, at most 8 times, or for the budget's time."""
+    begin, previous_ns = time.perf_counter_ns(), 0
+    for _ in range(_MAX_WARM_UPS):
+        took_ns = _host_ns(next(rotation), device)
+        is_settled = abs(took_ns - previous_ns) <= _SETTLED * previous_ns
+        if is_settled or time.perf_counter_ns() - begin > budget.time_ns:
             return
-        previous_ns = end - start
+        previous_ns = took_ns
+
+
+def _host_ns(call: Call, device: torch.device) -> int:
+    """Return the time of a call as the host sees it, to its end on the device."""
+    begin = time.perf_counter_ns()
+    call()
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+    return time.perf_counter_ns() - begin
 
 
 def _time_cuda(rotation: "itertools.cycle[Call]", budget: Budget) -> list[int]:
-    for _ in range(3):
-        next(rotation)()
-    torch.cuda.synchronize()
     samples: list[int] = []
     deadline = time.perf_counter_ns() + budget.time_ns
     while len(samples) < budget.max_samples:
@@ -132,3 +148,51 @@ def quantiles(samples: Sequence[int]) -> tuple[int, int, int]:
         return round(ordered[low] + (place - low) * (ordered[high] - ordered[low]))
 
     return at(0.1), at(0.5), at(0.9)
+
+
+def num_outliers(samples: Sequence[int]) -> int:
+    """Return how many of `samples` are over twice their median.
+
+    >>> num_outliers([10, 11, 12, 25])
+    1
+    """
+    middle = median(samples) if samples else 0.0
+    return sum(sample > _OUTLYING * middle for sample in samples)
+
+
+def seen_mhz(device: torch.device) -> int:
+    """Return the clock of `device` at this moment in MHz, 0 where nothing tells it.
+
+    Of a GPU that of its multiprocessors, from `nvidia-smi`; of a CPU the mean over its cores.
+    """
+    if device.type == "cuda":
+        return _gpu_mhz(str(torch.cuda.get_device_properties(device).uuid))
+    return cpu_mhz(Path("/"))
+
+
+def _gpu_mhz(uuid: str) -> int:
+    program = shutil.which("nvidia-smi")
+    if program is None:
+        return 0
+    query = ["--query-gpu=clocks.sm", "--format=csv,noheader,nounits", f"--id=GPU-{uuid}"]
+    try:
+        found = subprocess.run(
+            [program, *query], capture_output=True, text=True, timeout=10, check=False
+        )
+    except (OSError, subprocess.TimeoutExpired):
+        return 0
+    text = found.stdout.strip()
+    return int(text) if found.returncode == 0 and text.isdigit() else 0
+
+
+def cpu_mhz(root: Path) -> int:
+    """Return the mean clock of all cores as Linux tells it below `root`, 0 where it does not."""
+    files = root.glob("sys/devices/system/cpu/cpu[0-9]*/cpufreq/scaling_cur_freq")
+    try:
+        found = [int(file.read_text(encoding="ascii")) / 1000 for file in sorted(files)]
+        if not found:
+            lines = (root / "proc/cpuinfo").read_text(encoding="utf-8").splitlines()
+            found = [float(line.split(":")[1]) for line in lines if line.startswith("cpu MHz")]
+    except (OSError, ValueError):
+        return 0
+    return round(mean(found)) if found else 0

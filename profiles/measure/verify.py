@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from statistics import median
 
+from profiles.difference import difference
 from profiles.lookup import CostTable
 from profiles.measure.layers import LAYER_OPS
 from profiles.measure.run import Device, OnProgress, measure, measure_again
@@ -63,12 +64,7 @@ def _part(on_progress: OnProgress, begin: float, end: float) -> OnProgress:
 
 def compared(first: Profile, second: Profile, unseen: Profile) -> Verified:
     """Return how `first` does against a repeat, and against `unseen` shapes."""
-    changes, bands = [], []
-    repeated = {sample.key: sample.p50_ns for sample in (*second.kernels, *second.collectives)}
-    for sample in (*first.kernels, *first.collectives):
-        if sample.key in repeated:
-            changes.append(abs(repeated[sample.key] / sample.p50_ns - 1))
-            bands.append(sample.band)
+    told = difference(first, second)
     table = CostTable(first)
     errors: dict[tuple[str, str], list[float]] = {}
     for kernel in unseen.kernels:
@@ -76,10 +72,10 @@ def compared(first: Profile, second: Profile, unseen: Profile) -> Verified:
         error = abs(cost.p50_ns / kernel.p50_ns - 1)
         errors.setdefault((kernel.op, kernel.dtype), []).append(error)
     return Verified(
-        num_entries=len(changes),
-        within_band=sum(c <= b for c, b in zip(changes, bands, strict=True)) / len(changes),
-        median_change=median(changes),
-        median_band=median(bands),
+        num_entries=len(told.changes),
+        within_band=told.share_within or 0.0,
+        median_change=median(abs(change.ratio - 1) for change in told.changes),
+        median_band=median(change.band for change in told.changes),
         held_out=tuple(
             HeldOut(op=op, dtype=dtype, num_shapes=len(found), median_error=median(found),
                     p90_error=sorted(found)[math.ceil(0.9 * len(found)) - 1])

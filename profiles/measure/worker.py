@@ -28,7 +28,7 @@ from profiles.measure.host import HOST_COSTS, time_host
 from profiles.measure.interference import time_interference
 from profiles.measure.kernels import KernelPoint, explore, repeat
 from profiles.measure.layers import LAYER_OPS, time_layers, warm_up
-from profiles.measure.links import LinkPoint, link_points, time_links
+from profiles.measure.links import LinkPoint, free_bytes, link_points, time_links
 from profiles.measure.ops import OPS
 from profiles.measure.ranks import gathered_fabric, joined, nodes
 from profiles.measure.timing import Clock, seen_mhz
@@ -43,7 +43,7 @@ from profiles.profile import (
 )
 
 # Shares of a pass; what is left over of one goes to those behind it, the kernels last.
-_LINKS, _LAYERS, _INTERFERENCE = 0.17, 0.12, 0.06
+_LINKS, _INTERFERENCE = 0.22, 0.1
 
 _SAVE_SECONDS = 2.0
 
@@ -142,9 +142,7 @@ class _Pass:
         """Time collectives and messages."""
         earlier = self._asked.earlier
         if earlier is None:
-            points = link_points(
-                dist.get_world_size(), self._asked.quick, _free_bytes(self._device)
-            )
+            points = link_points(dist.get_world_size(), self._asked.quick, free_bytes(self._device))
         else:
             points = [
                 LinkPoint(kind=c.kind, group_size=c.group_size, stride=c.stride,
@@ -169,9 +167,10 @@ class _Pass:
     def slowdowns(self) -> None:
         """Time kernels and collectives that run at once."""
         found: tuple[Interference, ...] = ()
+        dtype = "fp32" if self._device.type == "cpu" else "bf16"
         if self._asked.wants("interference") and dist.get_world_size() > 1:
             found = time_interference(
-                self._device, self._dtypes[-1], dist.get_world_size(), self._part(_INTERFERENCE),
+                self._device, dtype, dist.get_world_size(), self._part(_INTERFERENCE),
                 self._report,
             )  # fmt: skip
         self._profile = replace(self._profile, interference=found)
@@ -275,14 +274,6 @@ def _device_facts(device: torch.device) -> DeviceFacts:
     )
 
 
-def _free_bytes(device: torch.device) -> int:
-    """Return the memory that one rank may fill."""
-    if device.type == "cuda":
-        return torch.cuda.mem_get_info(device)[0]
-    free: int = psutil.virtual_memory().available // dist.get_world_size()
-    return free
-
-
 def _context_bytes(device: torch.device) -> int:
     """Return what this rank holds before any work: resident memory, or device memory on CUDA."""
     warm_up(device)
@@ -307,7 +298,8 @@ def _versions(backend: str) -> dict[str, str]:
         "torch": torch.__version__,
     }
     if backend == "nccl":
-        versions["nccl"] = ".".join(map(str, torch.cuda.nccl.version()))
+        found = torch.cuda.nccl.version()  # type: ignore[no-untyped-call]
+        versions["nccl"] = ".".join(map(str, found))
         versions["cuda"] = str(torch.version.cuda)
     return versions
 
