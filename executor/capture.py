@@ -33,7 +33,6 @@ from executor.capture_trace import (
 )
 from executor.data import TokenStream
 from executor.model import LlamaStage
-from executor.parallel import DTYPES
 from executor.pipeline import actions_with_messages
 from executor.recipe import Recipe, recipe_of
 from executor.recorder import Piece
@@ -42,7 +41,7 @@ from executor.shards import local
 from executor.train import PendingLoss, Trainer
 from planner.layout import MeshPlace
 from planner.plan import Plan
-from profiles.errors import InvalidInputError, UnsupportedError
+from profiles.errors import InvalidInputError
 from simulator.schedule import Schedule
 from simulator.timeline import Kind
 
@@ -69,7 +68,8 @@ class PeakStorages:
 
     `activations` are what one action of the schedule leaves for a later one, `temporary` is what
     the action at the peak has made for itself, `messages` are the buffers that the pipeline runtime
-    receives into, and `inputs` the tokens of the step and the tables of rotations.
+    receives into, those that are inputs of stages until their backward, and `inputs` the tokens of
+    the step and the tables of rotations.
     """
 
     parameters: int = 0
@@ -147,30 +147,13 @@ def capture(plan: Plan, rank: int) -> Capture:
     Raises UnsupportedError for a plan that the executor cannot run, and InvalidInputError for a
     rank that it does not have.
     """
-    check_capturable(plan, rank)
-    return capture_recipe(recipe_of(plan), rank, plan.profile.device.kind, plan.plan_digest)
-
-
-def check_capturable(plan: Plan, rank: int) -> None:
-    """Raise UnsupportedError, by name, for what the executor does not do on any machine."""
     check_runnable(plan)
-    layout = plan.layout
-    for name, neutral in (("cp", 1), ("ep", 1), ("sequence_parallel", False),
-                          ("sharding", "none"), ("recompute", "none")):  # fmt: skip
-        if (value := getattr(layout, name)) != neutral:
-            raise UnsupportedError(
-                f"layout.{name} is {value}; the executor knows {name} {neutral} alone: plan for "
-                'its own stack, with stack.preset = "layline-nccl"'
-            )
-    if plan.workload.dtype not in DTYPES:
-        raise UnsupportedError(
-            f"workload.dtype is {plan.workload.dtype}; the executor computes in {', '.join(DTYPES)}"
-        )
-    if not 0 <= rank < layout.num_ranks:
+    if not 0 <= rank < (num_ranks := plan.layout.num_ranks):
         raise InvalidInputError(
-            [f"--rank is {rank}; it must be from 0 to {layout.num_ranks - 1}: {layout} has "
-             f"{layout.num_ranks} ranks"]
+            [f"--rank is {rank}; it must be from 0 to {num_ranks - 1}: {plan.layout} has "
+             f"{num_ranks} ranks"]
         )  # fmt: skip
+    return capture_recipe(recipe_of(plan), rank, plan.profile.device.kind, plan.plan_digest)
 
 
 def capture_recipe(recipe: Recipe, rank: int, device_kind: str, plan_digest: str = "") -> Capture:
@@ -191,7 +174,6 @@ def capture_recipe(recipe: Recipe, rank: int, device_kind: str, plan_digest: str
         segments=unfolded(step, traced.schedule, recipe.schedule, place.pp),
         peak=replace(
             step.held,
-            messages=step.held.messages + step.message_bytes // few * (total - few),
             inputs=step.held.inputs + step.token_bytes // few * (total - few),
         ),
         peak_phase=step.peak_piece.phase,
@@ -215,14 +197,13 @@ def _no_collection() -> Iterator[None]:
 class TracedStep(NamedTuple):
     """A traced step: its pieces, what lies between them, and what is held at the peak.
 
-    `message_bytes` and `token_bytes` are held for all micro-batches through the whole step.
+    `token_bytes` are held for all micro-batches through the whole step.
     """
 
     pieces: list[Segment]
     between: list[list[Event]]
     held: PeakStorages
     peak_piece: Segment
-    message_bytes: int
     token_bytes: int
 
 
@@ -303,26 +284,20 @@ def _cut(trace: Trace, pieces: Sequence[Piece], roles: Mapping[int, str]) -> Tra
         for piece, events in zip(pieces, inside, strict=True)
     ]
     first = next(piece.start_ns for piece in pieces if piece.action is not None)
-    lasting = {"messages": 0, "inputs": 0}
     held = dict.fromkeys((field.name for field in fields(PeakStorages)), 0)
+    token_bytes = 0
     for place, life in enumerate(trace.lives):
         role = roles.get(place) or _role(life, pieces, ends)
         if life.is_alive(trace.peak_moment):
             held[role] += life.size_bytes
-        if (
-            role in lasting
-            and place not in roles
-            and life.call <= first
-            and not 0 <= life.last_call <= first
-        ):
-            lasting[role] += life.size_bytes
+        if role == "inputs" and place not in roles and not 0 <= life.last_call <= first:
+            token_bytes += life.size_bytes
     return TracedStep(
         pieces=found,
         between=between,
         held=PeakStorages(**held),
         peak_piece=found[min(bisect_left(ends, trace.peak_call), len(found) - 1)],
-        message_bytes=lasting["messages"],
-        token_bytes=lasting["inputs"],
+        token_bytes=token_bytes,
     )
 
 

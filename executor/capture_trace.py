@@ -182,7 +182,7 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self._calls += 1
         result = func(*args, **(kwargs or {}))
         for leaf in tree_leaves(result):
-            if isinstance(leaf, Tensor) and not isinstance(leaf, _WRAPPERS):
+            if isinstance(leaf, Tensor) and not isinstance(leaf, _WRAPPERS) and _is_held(leaf):
                 self.place(leaf)
         if (event := self._event(func, args, result)) is not None:
             self.events.append((self._calls, event))
@@ -210,6 +210,12 @@ class Trace(TorchDispatchMode):  # type: ignore[no-untyped-call]
             shapes=tuple(tuple(tensor.shape) for tensor in tensors),
             dtype=dtype_name(tensors[0]) if tensors else "",
         )
+
+
+def _is_held(tensor: Tensor) -> bool:
+    """Return whether `tensor` takes memory, as one on meta does not."""
+    device = tensor.fake_device if isinstance(tensor, FakeTensor) else tensor.device
+    return bool(device.type != "meta")
 
 
 def dtype_name(tensor: Tensor) -> str:

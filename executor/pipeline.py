@@ -1,19 +1,20 @@
 """The order of a step: the schedule on PyTorch's pipeline runtime, or a loop for one stage."""
 
 import tempfile
-from collections.abc import Callable, Mapping, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from pathlib import Path
 from typing import Any, Protocol
 
 import torch
 import torch.nn.functional as F  # noqa: N812
 from torch import Tensor
-from torch.distributed import P2POp, ProcessGroup
+from torch.distributed import P2POp, ProcessGroup, Work
 from torch.distributed.pipelining import PipelineStage
 from torch.distributed.pipelining.schedules import (
     _Action,
     _add_send_recv,
+    _batch_p2p,
     _PipelineScheduleRuntime,
 )
 from torch.distributed.tensor import DTensor
@@ -102,15 +103,77 @@ class LoopRunner:
         return total
 
 
-class _TimedStage(PipelineStage):
-    """A pipeline stage that notes its forwards and backwards; waits for messages lie outside."""
+class _LeanStage(PipelineStage):
+    """A pipeline stage that notes its forwards and backwards, and holds messages while it must.
+
+    Waits for messages lie outside of what is noted. PyTorch's stage has a buffer for each message
+    of a step from the first step on, and its runtime holds each that it sends until the end of the
+    step: as many as there are micro-batches. Here a buffer is made when its receive is posted. That
+    of an input lives on as what autograd saves, that of a gradient until its backward has ended. A
+    message that is sent goes when its backend says that it is out; gloo says so at the end alone.
+    """
 
     recorder: Recorder
+    message: Tensor
+
+    def prepare(self, recorder: Recorder, message: Tensor) -> None:
+        """Set where actions are noted, and a tensor on meta that is like all that is received."""
+        self.recorder, self.message = recorder, message
+        self._sends: list[Work] = []
+
+    def _prepare_forward_infra(self, *args: Any, **kwargs: Any) -> Any:
+        with self._without_storage():
+            return super()._prepare_forward_infra(*args, **kwargs)
+
+    def _prepare_backward_infra(self, *args: Any, **kwargs: Any) -> Any:
+        with self._without_storage():
+            return super()._prepare_backward_infra(*args, **kwargs)
+
+    @contextmanager
+    def _without_storage(self) -> Iterator[None]:
+        """Let PyTorch make its buffers for all micro-batches on meta."""
+        device, self.device = self.device, self.message.device
+        try:
+            yield
+        finally:
+            self.device = device
+
+    def get_fwd_recv_ops(self, fwd_chunk_id: int) -> list[P2POp]:
+        """Return the receive of a forward's input, into a buffer of its own."""
+        for info in self.args_recv_info[fwd_chunk_id]:
+            info.buffer = torch.empty_like(self.message, device=self.device, requires_grad=True)
+        return super().get_fwd_recv_ops(fwd_chunk_id)
+
+    def get_bwd_recv_ops(self, bwd_chunk_id: int) -> list[P2POp]:
+        """Return the receive of the gradient of a forward's output, into a buffer of its own."""
+        for info in self.grad_recv_info[bwd_chunk_id]:
+            info.buffer = torch.empty_like(self.message, device=self.device)
+        return super().get_bwd_recv_ops(bwd_chunk_id)
+
+    def get_fwd_send_ops(self, fwd_chunk_id: int) -> list[P2POp]:
+        """Send a forward's output; nothing is left to send."""
+        return self._send(super().get_fwd_send_ops(fwd_chunk_id))
+
+    def get_bwd_send_ops(self, bwd_chunk_id: int) -> list[P2POp]:
+        """Send the gradient of a forward's input; nothing is left to send."""
+        return self._send(super().get_bwd_send_ops(bwd_chunk_id))
+
+    def _send(self, messages: list[P2POp]) -> list[P2POp]:
+        self._sends = [work for work in self._sends if not work.is_completed()]
+        self._sends += _batch_p2p(messages)
+        return []
+
+    def finish_sends(self) -> None:
+        """Return when all that was sent is out."""
+        while self._sends:
+            self._sends.pop().wait()
 
     def forward_one_chunk(self, *args: Any, **kwargs: Any) -> Any:
         """Run one forward; the first argument is the micro-batch."""
         start = self.recorder.mark()
         output = super().forward_one_chunk(*args, **kwargs)
+        if not self.is_first:
+            self._drop(self.args_recv_info[args[0]])
         self.recorder.add("forward", start, Action(self.stage_index, "F", args[0]))
         return output
 
@@ -118,8 +181,15 @@ class _TimedStage(PipelineStage):
         """Run one backward, or its input half; the first argument is the micro-batch."""
         start = self.recorder.mark()
         super().backward_one_chunk(*args, **kwargs)
+        self._drop(self.grad_recv_info[args[0]])
+        if (loss := kwargs.get("loss")) is not None:
+            loss.detach_()  # the runtime keeps it, and so its graph with the stage's input
         kind: ActionKind = "B" if kwargs.get("full_backward", True) else "I"
         self.recorder.add("backward", start, Action(self.stage_index, kind, args[0]))
+
+    def _drop(self, received: Sequence[Any]) -> None:
+        for info in received:
+            info.buffer = self.message
 
     def backward_weight_one_chunk(self, *args: Any, **kwargs: Any) -> Any:
         """Run the weight half of one backward; the first argument is the micro-batch."""
@@ -152,13 +222,13 @@ class PipelineRunner:
     ) -> None:
         self._layout, self._recorder = recipe.layout, recorder
         self._num_tokens = recipe.workload.tokens_per_step
-        timed = [_timed_stage(recipe, number, stage, group) for number, stage in stages.items()]
-        for stage in timed:
-            stage.recorder = recorder
-        self._has_first = any(stage.is_first for stage in timed)
-        self._has_last = any(stage.is_last for stage in timed)
+        self._stages = [
+            _lean_stage(recipe, number, stage, group, recorder) for number, stage in stages.items()
+        ]
+        self._has_first = any(stage.is_first for stage in self._stages)
+        self._has_last = any(stage.is_last for stage in self._stages)
         self._runtime = _PipelineScheduleRuntime(  # type: ignore[no-untyped-call]
-            timed, recipe.layout.num_microbatches, loss_fn=self._loss, scale_grads=False
+            self._stages, recipe.layout.num_microbatches, loss_fn=self._loss, scale_grads=False
         )
         with tempfile.TemporaryDirectory(prefix="layline-schedule-") as folder:
             path = Path(folder, "schedule.csv")
@@ -180,6 +250,8 @@ class PipelineRunner:
                 losses=losses,
                 return_outputs=False,
             )
+        for stage in self._stages:
+            stage.finish_sends()
         if not losses:
             return torch.zeros((), device=tokens.device)
         return torch.stack([loss.detach() for loss in losses]).sum()
@@ -201,9 +273,9 @@ def actions_with_messages(schedule: Schedule) -> tuple[tuple[str, ...], ...]:
     return tuple(tuple(map(str, lowered[rank])) for rank in range(schedule.num_ranks))
 
 
-def _timed_stage(
-    recipe: Recipe, number: int, stage: LlamaStage, group: ProcessGroup
-) -> _TimedStage:
+def _lean_stage(
+    recipe: Recipe, number: int, stage: LlamaStage, group: ProcessGroup, recorder: Recorder
+) -> _LeanStage:
     """Return the pipeline stage with the shapes of its messages, which need not be exchanged."""
     model, layout = recipe.model, recipe.layout
     batch, seq_len = layout.micro_batch, recipe.workload.seq_len
@@ -215,7 +287,7 @@ def _timed_stage(
     logits = torch.empty(
         batch, seq_len, model.vocab, dtype=dtype, device="meta", requires_grad=True
     )
-    return _TimedStage(
+    lean = _LeanStage(
         stage,
         number,
         layout.num_stages,
@@ -225,3 +297,5 @@ def _timed_stage(
         group=group,
         dw_builder=stage.weight_half.take,
     )
+    lean.prepare(recorder, hidden.detach())
+    return lean

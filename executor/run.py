@@ -12,6 +12,8 @@ from profiles.errors import InvalidInputError, UnsupportedError
 from profiles.files import canonical_json, write_text
 
 MIN_VOCAB = 256
+RUNNABLE_DTYPES = ("fp32", "bf16")
+"""Workload dtypes, by name; `executor.parallel` has those of PyTorch, and the parent does not."""
 _POLL_S = 0.05
 
 OnStep = Callable[[int, StepRecord], None]
@@ -37,6 +39,7 @@ def check_runnable(plan: Plan) -> None:
         raise UnsupportedError(
             f"model.vocab is {model.vocab}; text is read as bytes, which need at least {MIN_VOCAB}"
         )
+    _check_supported(plan)
     for name in ("num_heads", "num_kv_heads", "ffn", "vocab"):
         if (count := getattr(model, name)) % layout.tp:
             raise UnsupportedError(
@@ -68,6 +71,22 @@ def check_runnable(plan: Plan) -> None:
     if problems:
         raise InvalidInputError(problems)
     _check_schedule(plan)
+
+
+def _check_supported(plan: Plan) -> None:
+    """Raise UnsupportedError for an axis, a saving of memory or a dtype that no rank knows."""
+    for name, neutral in (("cp", 1), ("ep", 1), ("sequence_parallel", False),
+                          ("sharding", "none"), ("recompute", "none")):  # fmt: skip
+        if (value := getattr(plan.layout, name)) != neutral:
+            raise UnsupportedError(
+                f"layout.{name} is {value}; the executor knows {name} {neutral} alone: plan for "
+                'its own stack, with stack.preset = "layline-nccl", or "layline-gloo" on CPU ranks'
+            )
+    if plan.workload.dtype not in RUNNABLE_DTYPES:
+        raise UnsupportedError(
+            f"workload.dtype is {plan.workload.dtype}; the executor computes in "
+            f"{' and '.join(RUNNABLE_DTYPES)} alone: set one of them and plan again"
+        )
 
 
 def _check_schedule(plan: Plan) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from itertools import zip_longest
+from statistics import mean, median
 from typing import final
 
 import torch
@@ -25,6 +26,7 @@ from profiles.measure.timing import (
     Budget,
     Clock,
     OnPoint,
+    Yardstick,
     num_outliers,
     quantiles,
     time_calls,
@@ -32,8 +34,11 @@ from profiles.measure.timing import (
 from profiles.profile import KernelSample
 from profiles.surface import Shape
 
-QUICK = Budget(time_ns=5_000_000, min_samples=2, max_samples=60)
-FULL = Budget(time_ns=12_000_000, min_samples=3, max_samples=60)
+# For one burst. On a CPU, where other work comes and goes, a point has several, with all points of
+# its round between them: one that was disturbed is not the median of three.
+QUICK = Budget(time_ns=3_000_000, min_samples=2, max_samples=60)
+FULL = Budget(time_ns=8_000_000, min_samples=2, max_samples=60)
+_BURSTS = {"cpu": 3, "cuda": 1}
 _LONGEST_NS = {True: 20_000_000, False: 200_000_000}
 
 # A round is so many surfaces, and so many shapes of each: few enough to follow what was found,
@@ -43,6 +48,9 @@ _SURFACES_A_ROUND, _SHAPES_A_ROUND = 4, 3
 # Other variants are there to be compared with the default, at few shapes.
 _VARIANT_SHAPES, _VARIANTS_UNTIL = 3, 0.4
 _REPEATS_TO_KEEP = 40
+
+# Of the yardstick's times one part in so many is cut off at both ends before their mean is taken.
+_TRIMMED = 10
 
 # What tells how fast a device is, before it is known which shapes it can do in time.
 _PROBES: Mapping[str, tuple[Shape, Shape]] = {
@@ -152,7 +160,7 @@ class _Explored:
         """
         times = self.times(samples)
         excess = self.design.error(times).excess if times else 0.0
-        return excess / len(times) ** 0.5 if excess > 1.0 else 0.0
+        return excess / len(times) if excess > 1.0 else 0.0
 
     def times(self, samples: Mapping[KernelPoint, KernelSample]) -> dict[Shape, int]:
         """Return the medians of this op's default variant by shape."""
@@ -223,8 +231,10 @@ class _Bench:
         self, device: torch.device, budget: Budget, clock: Clock, report: OnPoint, keep: Keep
     ) -> None:
         self.device, self.budget, self.is_over = device, budget, False
+        self._found: dict[KernelPoint, _Found] = {}
         self.samples: dict[KernelPoint, KernelSample] = {}
         self.failed: dict[KernelPoint, str] = {}
+        self._yardstick = Yardstick() if device.type == "cpu" else None
         self._clock, self._report, self._keep = clock, report, keep
         self._free_bytes = free_bytes(device)
         self._arenas: dict[str, Arena] = {}
@@ -263,19 +273,35 @@ class _Bench:
 
     def run(self, points: Sequence[KernelPoint], until: float = 1.0) -> None:
         """Time `points`, as far as the clock's share `until` allows, and keep what is found."""
-        times: dict[KernelPoint, list[int]] = {}
-        for point in points:
+        bursts: dict[KernelPoint, list[Row]] = {}
+        for point in [*points] * _BURSTS[self.device.type]:
             if self._clock.is_over(until):
                 self.is_over = self._clock.is_over()
                 break
             self._report(point.op)
-            times[point] = self._times(point)
-        for point, sample in zip(times, merged_or_none(times, self.device), strict=True):
-            if sample is None:
+            times = self._times(point)
+            bursts.setdefault(point, []).append(_row(times, self._speed_ns()))
+        rows = [_middle(found) for found in bursts.values()]
+        for point, found in zip(bursts, _gathered(rows, self.device), strict=True):
+            if found is None:
                 self.failed.setdefault(point, "it did not run on another rank")
             else:
-                self.samples[point] = sample
+                self._found[point] = found
+        if bursts:
+            self._settle()
         self._keep(tuple(self.samples.values()))
+
+    def _speed_ns(self) -> float:
+        return self._yardstick.read_ns() if self._yardstick else 1.0
+
+    def _settle(self) -> None:
+        """Make samples of all that was found, at the mean speed of the machine so far."""
+        speeds = sorted(found.speed_ns for found in self._found.values())
+        cut = len(speeds) // _TRIMMED
+        speed_ns = mean(speeds[cut : len(speeds) - cut]) if speeds else 1.0
+        self.samples = {
+            point: found.sample(point, speed_ns) for point, found in self._found.items()
+        }
 
     def _times(self, point: KernelPoint) -> list[int]:
         dist.barrier()
@@ -283,7 +309,7 @@ class _Bench:
             with selected(point.variant):
                 build = builder(point.op, point.variant)
                 calls = buffer_sets(build, self._arena(point.dtype), point.shape)
-                return time_calls(calls, self.device, self.budget)
+                return time_calls(calls, self.device, self.budget, self._yardstick)
         except (RuntimeError, MemoryError) as error:
             # After a fault of the device itself nothing that it says is to be trusted.
             if isinstance(error, torch.AcceleratorError):
@@ -319,47 +345,81 @@ def _reason(error: Exception) -> str:
 
 
 def merged(times: Mapping[KernelPoint, list[int]], device: torch.device) -> list[KernelSample]:
-    """Return the samples of one pass, the same on all ranks, without points that failed on any."""
-    return [sample for sample in merged_or_none(times, device) if sample is not None]
-
-
-def merged_or_none(
-    times: Mapping[KernelPoint, list[int]], device: torch.device
-) -> list[KernelSample | None]:
-    """Return the samples of one pass, None where a rank has no times; all ranks together.
+    """Return the samples of one pass, the same on all ranks, without points that failed on any.
 
     A sample's quantiles are the means of the ranks' quantiles; it has as many calls as the rank
     with the fewest, and as many outliers as the one with the most.
     """
+    found = _gathered([_row(taken, 1.0) for taken in times.values()], device)
+    return [each.sample(point, 1.0) for point, each in zip(times, found, strict=True) if each]
+
+
+# Quantiles over the yardstick, calls, outliers, and the yardstick in ns; zeros if it failed.
+Row = tuple[float, float, float, float, float, float]
+
+
+def _middle(bursts: Sequence[Row]) -> Row:
+    """Return one row for all bursts of a point: the medians, and calls and outliers in all."""
+    if not all(burst[3] for burst in bursts):
+        return _row([], 1.0)
+    p10, p50, p90, _, _, speed_ns = (median(column) for column in zip(*bursts, strict=True))
+    num_calls, num_outlying = (sum(burst[i] for burst in bursts) for i in (3, 4))
+    return p10, p50, p90, num_calls, num_outlying, speed_ns
+
+
+def _row(times: Sequence[int], yardstick_ns: float) -> Row:
     if not times:
+        return (0.0,) * 6
+    p10, p50, p90 = (time_ns / yardstick_ns for time_ns in quantiles(times))
+    return p10, p50, p90, len(times), num_outliers(times), yardstick_ns
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class _Found:
+    """What all ranks found at one point: quantiles over their yardsticks, and those in ns."""
+
+    quantiles: tuple[float, float, float]
+    num_samples: int
+    num_outliers: int
+    speed_ns: float
+
+    def sample(self, point: KernelPoint, speed_ns: float) -> KernelSample:
+        """Return the times that this takes where the yardstick takes `speed_ns`."""
+        p10_ns, p50_ns, p90_ns = (max(1, round(time * speed_ns)) for time in self.quantiles)
+        return KernelSample(
+            op=point.op,
+            dtype=point.dtype,
+            shape=point.shape,
+            variant=point.variant,
+            p10_ns=p10_ns,
+            p50_ns=p50_ns,
+            p90_ns=p90_ns,
+            num_samples=self.num_samples,
+            num_outliers=self.num_outliers,
+            medians_ns=(p50_ns,),
+        )
+
+
+def _gathered(rows: Sequence[Row], device: torch.device) -> list[_Found | None]:
+    """Return what the ranks found together, None where one of them has no times."""
+    if not rows:
         return []
-    rows = [(*quantiles(found), len(found), num_outliers(found)) if found else (0,) * 5
-            for found in times.values()]  # fmt: skip
     total = torch.tensor(rows, dtype=torch.float64, device=device)
     fewest, most = total[:, 3].clone(), total[:, 4].clone()
     dist.all_reduce(total)
     dist.all_reduce(fewest, dist.ReduceOp.MIN)
     dist.all_reduce(most, dist.ReduceOp.MAX)
-    means = (total[:, :3] / dist.get_world_size()).tolist()
+    means = (total / dist.get_world_size()).tolist()
     return [
-        _sample(point, mean, round(few), round(many)) if few else None
-        for point, mean, few, many in zip(
-            times, means, fewest.tolist(), most.tolist(), strict=True
+        _Found(
+            quantiles=(p10, p50, p90),
+            num_samples=round(few),
+            num_outliers=min(round(many), round(few)),
+            speed_ns=speed_ns,
         )
-    ]  # fmt: skip
-
-
-def _sample(point: KernelPoint, mean: Sequence[float], count: int, outlying: int) -> KernelSample:
-    p10_ns, p50_ns, p90_ns = (max(1, round(time_ns)) for time_ns in mean)
-    return KernelSample(
-        op=point.op,
-        dtype=point.dtype,
-        shape=point.shape,
-        variant=point.variant,
-        p10_ns=p10_ns,
-        p50_ns=p50_ns,
-        p90_ns=p90_ns,
-        num_samples=count,
-        num_outliers=min(outlying, count),
-        medians_ns=(p50_ns,),
-    )
+        if few
+        else None
+        for (p10, p50, p90, _, _, speed_ns), few, many in zip(
+            means, fewest.tolist(), most.tolist(), strict=True
+        )
+    ]

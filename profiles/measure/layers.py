@@ -16,7 +16,7 @@ from torch.nn import functional as F  # noqa: N812
 from profiles.measure.buffers import TORCH_DTYPES
 from profiles.measure.kernels import KernelPoint, merged
 from profiles.measure.ops import rotate
-from profiles.measure.timing import Budget, OnPoint, cuda_events
+from profiles.measure.timing import cuda_events
 from profiles.profile import KernelSample
 from profiles.surface import Shape
 
@@ -28,8 +28,7 @@ LAYER_SHAPES: Mapping[str, tuple[Shape, ...]] = {
     "cpu": ((1, 256, 256, 8, 32, 768), (4, 256, 256, 8, 32, 768)),
     "cuda": ((1, 4096, 4096, 32, 128, 11008), (4, 4096, 4096, 32, 128, 11008)),
 }
-QUICK = Budget(time_ns=900_000_000, min_samples=3, max_samples=60)
-FULL = Budget(time_ns=2_500_000_000, min_samples=3, max_samples=100)
+_LEAST_SAMPLES = 5
 
 
 class _Layer(nn.Module):
@@ -60,56 +59,87 @@ class _Layer(nn.Module):
         return out
 
 
-def time_layers(
-    device: torch.device, dtypes: Sequence[str], quick: bool, report: OnPoint
-) -> list[KernelSample]:
-    """Return one pass over the layers of `LAYER_SHAPES`, the same on all ranks."""
-    times: dict[KernelPoint, list[int]] = {}
-    budget = QUICK if quick else FULL
-    for dtype in dtypes:
-        for shape in LAYER_SHAPES[device.type]:
-            report("layer")
+class _Stack:
+    """A few layers of one shape and dtype on this rank, forward and backward as in training."""
+
+    def __init__(self, shape: Shape, dtype: torch.dtype, device: torch.device) -> None:
+        batch, seq, hidden, _, head, _ = shape
+        self._device = device
+        with torch.device(device):
+            self._layers = nn.ModuleList(_Layer(shape) for _ in range(NUM_LAYERS)).to(dtype)
+            self._x, self._gradient = (torch.randn(batch, seq, hidden, dtype=dtype) for _ in "xg")
+            self._angles = tuple(torch.randn(seq, head // 2, dtype=dtype) for _ in range(2))
+        self._x.requires_grad_()
+        self.time()
+
+    def _forward(self) -> Tensor:
+        self._layers.zero_grad(set_to_none=True)
+        out = self._x
+        for layer in self._layers:
+            out = layer(out, *self._angles)
+        return out
+
+    def time(self) -> tuple[int, int]:
+        """Return the time of one layer's forward and of its backward now, in ns."""
+        return _time_once(self._forward, self._gradient, self._device)
+
+
+class LayerTimer:
+    """Times whole layers a few at a time, all along a pass; every rank makes the same calls.
+
+    What disturbs a machine lasts for seconds. Layers that were timed in one go would see another
+    machine than the kernels that they are laid beside.
+    """
+
+    def __init__(self, dtypes: Sequence[str], device: torch.device, share: float) -> None:
+        self._device, self._share = device, share
+        self._stacks = {
+            KernelPoint(op=LAYER_OPS[0], dtype=dtype, shape=shape): _Stack(
+                shape, TORCH_DTYPES[dtype], device
+            )
+            for dtype in dtypes
+            for shape in LAYER_SHAPES[device.type]
+        }
+        self._times: dict[KernelPoint, list[int]] = {
+            replace(point, op=op): [] for point in self._stacks for op in LAYER_OPS
+        }
+        self._begin_ns, self._spent_ns = time.perf_counter_ns(), 0
+
+    def keep_pace(self) -> None:
+        """Time layers until they have had their share of the time since the beginning."""
+        while self._stacks and self._is_due():
+            self._take_turn()
+
+    def _is_due(self) -> bool:
+        """Return whether the first rank's layers lag behind; it decides for all."""
+        elapsed_ns = time.perf_counter_ns() - self._begin_ns
+        is_due = self._spent_ns < self._share * elapsed_ns
+        answer = torch.tensor([is_due], dtype=torch.int64, device=self._device)
+        dist.broadcast(answer, 0)
+        return bool(answer.item())
+
+    def _take_turn(self) -> None:
+        """Time every stack once."""
+        begin_ns = time.perf_counter_ns()
+        for point, stack in self._stacks.items():
             dist.barrier()
-            point = KernelPoint(op=LAYER_OPS[0], dtype=dtype, shape=shape)
-            both = _time_layers(point, device, budget)
-            for op, found in zip(LAYER_OPS, both, strict=True):
-                times[replace(point, op=op)] = found
-    return merged(times, device)
+            for op, time_ns in zip(LAYER_OPS, stack.time(), strict=True):
+                self._times[replace(point, op=op)].append(time_ns)
+        self._spent_ns += time.perf_counter_ns() - begin_ns
+
+    def samples(self) -> list[KernelSample]:
+        """Return what was found, the same on all ranks."""
+        fewest = min((len(times) for times in self._times.values()), default=_LEAST_SAMPLES)
+        for _ in range(_LEAST_SAMPLES - fewest):
+            self._take_turn()
+        return merged(self._times, self._device)
 
 
 def warm_up(device: torch.device) -> None:
     """Run a tiny layer: libraries load their code, and keep work space, at the first call."""
-    tiny = KernelPoint(op=LAYER_OPS[0], dtype="fp32", shape=(1, 16, 16, 1, 16, 16))
-    _time_layers(tiny, device, Budget(time_ns=0, min_samples=3, max_samples=3))
-
-
-def _time_layers(
-    point: KernelPoint, device: torch.device, budget: Budget
-) -> tuple[list[int], list[int]]:
-    """Return the times in ns of one layer's forward and of its backward, in a stack of two."""
-    batch, seq, hidden, _, head, _ = point.shape
-    dtype = TORCH_DTYPES[point.dtype]
-    with torch.device(device):
-        layers = nn.ModuleList(_Layer(point.shape) for _ in range(NUM_LAYERS)).to(dtype)
-        x, gradient = (torch.randn(batch, seq, hidden, dtype=dtype) for _ in range(2))
-        cos, sin = (torch.randn(seq, head // 2, dtype=dtype) for _ in range(2))
-    x.requires_grad_()
-
-    def forward() -> Tensor:
-        layers.zero_grad(set_to_none=True)
-        out = x
-        for layer in layers:
-            out = layer(out, cos, sin)
-        return out
-
-    _time_once(forward, gradient, device)
-    times: list[tuple[int, int]] = []
-    deadline = time.perf_counter_ns() + budget.time_ns
-    while len(times) < budget.min_samples or (
-        len(times) < budget.max_samples and time.perf_counter_ns() < deadline
-    ):
-        times.append(_time_once(forward, gradient, device))
-    return [forward_ns for forward_ns, _ in times], [backward_ns for _, backward_ns in times]
+    stack = _Stack((1, 16, 16, 1, 16, 16), torch.float32, device)
+    for _ in range(3):
+        stack.time()
 
 
 def _time_once(

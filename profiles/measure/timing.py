@@ -23,6 +23,9 @@ OnPoint = Callable[[str], None]
 _CUDA_HEAD_START_CYCLES = 4_000_000
 _CUDA_BATCH = 10
 
+# About 60 microseconds, and within the L2 of a core.
+_YARDSTICK_WIDTH, _YARDSTICK_RUNS, _YARDSTICK_EVERY_NS = 128, 3, 1_000_000
+
 _MAX_WARM_UPS = 8
 _SETTLED = 0.05
 # A call that took more than this times the median of its pass was disturbed.
@@ -60,10 +63,41 @@ class Clock:
         return bool(answer.item())
 
 
-def time_calls(calls: Sequence[Call], device: torch.device, budget: Budget) -> list[int]:
+class Yardstick:
+    """A product that is always the same: it tells how fast a CPU is while something is timed.
+
+    A core that is shared, by hyper-threads or by virtual machines, goes at one of several speeds
+    for tenths of a second: longer than a kernel is timed, and shorter than a step of training,
+    which sees their mean. Divided by what the yardstick took beside it, a time is free of that.
+    """
+
+    def __init__(self) -> None:
+        self._operands = torch.randn(2, _YARDSTICK_WIDTH, _YARDSTICK_WIDTH)
+        self._seen: list[int] = []
+
+    def measure(self) -> None:
+        """Note the speed of this moment: the least of a few, as the first finds caches cold."""
+        left, right = self._operands
+        times = []
+        for _ in range(_YARDSTICK_RUNS):
+            begin = time.perf_counter_ns()
+            left @ right
+            times.append(time.perf_counter_ns() - begin)
+        self._seen.append(min(times))
+
+    def read_ns(self) -> float:
+        """Return the median of what was noted since this was last asked, 1 if nothing was."""
+        seen, self._seen = self._seen, []
+        return float(median(seen)) if seen else 1.0
+
+
+def time_calls(
+    calls: Sequence[Call], device: torch.device, budget: Budget, yardstick: Yardstick | None = None
+) -> list[int]:
     """Return the time in ns of single calls, taken from `calls` in rotation.
 
-    On CUDA the times are those of the device, without the launch: the host runs ahead.
+    On CUDA the times are those of the device, without the launch: the host runs ahead. On a CPU
+    the `yardstick` measures between calls, once a millisecond.
     """
     rotation = itertools.cycle(calls)
     _warm_up(rotation, device, budget)
@@ -71,15 +105,21 @@ def time_calls(calls: Sequence[Call], device: torch.device, budget: Budget) -> l
         return _time_cuda(rotation, budget)
     clock = time.perf_counter_ns
     samples: list[int] = []
-    deadline = clock() + budget.time_ns
+    begin = clock()
+    deadline, next_measure = begin + budget.time_ns, begin
     while True:
         call = next(rotation)
+        if yardstick is not None and clock() >= next_measure:
+            yardstick.measure()
+            next_measure = clock() + _YARDSTICK_EVERY_NS
         start = clock()
         call()
         end = clock()
         samples.append(end - start)
         enough = len(samples) >= budget.min_samples and end >= deadline
         if enough or len(samples) >= budget.max_samples:
+            if yardstick is not None:
+                yardstick.measure()
             return samples
 
 

@@ -27,7 +27,7 @@ from profiles.machine import cpu_name, read_gpus, total_memory_bytes
 from profiles.measure.host import HOST_COSTS, time_host
 from profiles.measure.interference import time_interference
 from profiles.measure.kernels import KernelPoint, explore, repeat
-from profiles.measure.layers import LAYER_OPS, time_layers, warm_up
+from profiles.measure.layers import LAYER_OPS, LayerTimer, warm_up
 from profiles.measure.links import LinkPoint, free_bytes, link_points, time_links
 from profiles.measure.ops import OPS
 from profiles.measure.ranks import gathered_fabric, joined, nodes
@@ -42,8 +42,9 @@ from profiles.profile import (
     Profile,
 )
 
-# Shares of a pass; what is left over of one goes to those behind it, the kernels last.
-_LINKS, _INTERFERENCE = 0.22, 0.1
+# Shares of a pass; what is left over of one goes to those behind it, the kernels last, of whose
+# time the layers take a share.
+_LINKS, _INTERFERENCE, _LAYERS = 0.25, 0.08, 0.2
 
 _SAVE_SECONDS = 2.0
 
@@ -99,7 +100,6 @@ def one_pass(
     made = _Pass(device, asked, output, progress)
     made.host_costs()
     made.links()
-    made.layers()
     made.slowdowns()
     made.kernels()
     return made.finished()
@@ -157,13 +157,6 @@ class _Pass:
         self._keep_collectives(timed.samples)
         self._miss(timed.missing)
 
-    def layers(self) -> None:
-        """Time whole layers."""
-        if self._asked.wants("layer"):
-            found = time_layers(self._device, self._dtypes, self._asked.quick, self._report)
-            self._profile = replace(self._profile, kernels=tuple(found))
-            self._save()
-
     def slowdowns(self) -> None:
         """Time kernels and collectives that run at once."""
         found: tuple[Interference, ...] = ()
@@ -176,11 +169,16 @@ class _Pass:
         self._profile = replace(self._profile, interference=found)
 
     def kernels(self) -> None:
-        """Time kernels: explore, or repeat the shapes of the pass before, for what time is left."""
-        layers = self._profile.kernels
+        """Time kernels for what time is left: explore, or repeat the shapes of an earlier pass.
+
+        Whole layers are timed in between.
+        """
+        dtypes = self._dtypes if self._asked.wants("layer") else ()
+        layers = LayerTimer([d for d in dtypes if d != "fp8"], self._device, _LAYERS)
 
         def keep(samples: Sequence[KernelSample]) -> None:
-            self._profile = replace(self._profile, kernels=(*layers, *samples))
+            layers.keep_pace()
+            self._profile = replace(self._profile, kernels=tuple(samples))
             self._save()
 
         clock = self._part(1.0)
@@ -196,7 +194,8 @@ class _Pass:
             found = explore(
                 self._device, self._dtypes, ops, self._asked.quick, clock, self._report, keep
             )
-        keep(found.samples)
+        kernels = (*found.samples, *layers.samples())
+        self._profile = replace(self._profile, kernels=kernels)
         self._miss(found.missing)
 
     def finished(self) -> Profile:
