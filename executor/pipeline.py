@@ -174,6 +174,8 @@ class _LeanStage(PipelineStage):
         output = super().forward_one_chunk(*args, **kwargs)
         if not self.is_first:
             self._drop(self.args_recv_info[args[0]])
+        if self.is_last:  # the loss has what it needs of the logits, and is what backward starts at
+            self.fwd_cache[args[0]] = ((), self.fwd_cache[args[0]][1])
         self.recorder.add("forward", start, Action(self.stage_index, "F", args[0]))
         return output
 

@@ -7,6 +7,7 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+from planner.buckets import bucket_counts
 from planner.kernels import (
     LINEARS_PER_LAYER,
     Kernel,
@@ -208,7 +209,9 @@ class CostModel:
             weight=work.weight,
             send_forward=NOTHING if is_last else send,
             send_backward=NOTHING if is_first else send,
-            all_reduce=self._gradients(parameters, layout),
+            all_reduce=self._gradients(
+                shape, layout, layout.stage_layers[stage], is_first, is_last
+            ),
             optimizer=self._sum((Kernel("adamw", (parameters,)),)),
             other=certain(self.table.host("step")),
             wait=certain(self.witness.skew_ns(work_ns, layout.dp * layout.pp)),
@@ -262,17 +265,24 @@ class CostModel:
         backward = times(total((reduce, copy, late_b)), 2 * num_layers + is_last)
         return total((forward, times(values, 3 * is_last))), backward
 
-    def _gradients(self, parameters: int, layout: Layout) -> Cost:
+    def _gradients(
+        self, shape: StageShape, layout: Layout, num_layers: int, is_first: bool, is_last: bool
+    ) -> Cost:
         """Return the all-reduce of one step's gradients, bucket by bucket."""
         if layout.dp == 1:
             return NOTHING
-        bucket_bytes = self.stack.gradient_bucket_bytes
-        num_full, rest_bytes = divmod(parameters * DTYPE_BYTES[self.workload.dtype], bucket_bytes)
-        full, rest = (
-            self._collective("all_reduce", group_size=layout.dp, size_bytes=size, stride=layout.tp)
-            for size in (bucket_bytes, rest_bytes)
+        counts = bucket_counts(
+            shape,
+            num_layers,
+            is_first=is_first,
+            is_last=is_last,
+            element_bytes=DTYPE_BYTES[self.workload.dtype],
+            closing_bytes=self.stack.gradient_bucket_bytes,
         )
-        return total((times(full, num_full), times(rest, int(rest_bytes > 0))))
+        return total(
+            times(self._collective("all_reduce", layout.dp, size_bytes, layout.tp), count)
+            for size_bytes, count in counts
+        )
 
 
 def cost_model(

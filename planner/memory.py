@@ -202,6 +202,14 @@ def _exchange_bytes(model: ModelSpec, size: Sizes, layout: Layout) -> int:
     return 2 * _whole(model, size, layout) + ring
 
 
+def _message_bytes(model: ModelSpec, size: Sizes, layout: Layout) -> int:
+    """Return what a pipeline rank receives into beside its activations.
+
+    A message in use, which is the gradient of a stage's output, and one on its way.
+    """
+    return 2 * size.between * model.hidden * size.element if layout.pp > 1 else 0
+
+
 def _whole(model: ModelSpec, size: Sizes, layout: Layout) -> int:
     """Return a tensor of the whole hidden width where such are gathered, else 0."""
     is_gathered = layout.sequence_parallel and layout.tp > 1
@@ -239,7 +247,7 @@ def peak_memory(
     activations = peak_activations(schedule, stage_bytes)
     working = _working_bytes(model, size, layout, stack)
     logits = size.rows * size.vocab * _loss_width(size.element, layout.tp, stack)
-    exchange = _exchange_bytes(model, size, layout)
+    exchange = _exchange_bytes(model, size, layout) + _message_bytes(model, size, layout)
     accumulates = (stack.gradient_bytes or size.element) != size.element
     found = []
     for rank, (stages, states) in enumerate(_ranks(model, size, layout, schedule, stack)):

@@ -7,11 +7,12 @@ import torch
 import torch.distributed as dist
 
 from profiles.files import canonical_json, write_text
-from profiles.measure import kernels
+from profiles.measure import sweep
 from profiles.measure.buffers import Arena
-from profiles.measure.kernels import KernelPoint, repeat
+from profiles.measure.kernels import repeat
 from profiles.measure.ops import builder
 from profiles.measure.ranks import joined
+from profiles.measure.sweep import KernelPoint
 from profiles.measure.timing import Call, Clock
 from profiles.surface import Shape
 
@@ -31,7 +32,7 @@ def lame_builder(op: str, variant: str = "") -> object:
 
 def main(folder: Path) -> None:
     """Time both points as one rank, and write what this rank found."""
-    vars(kernels)["builder"] = lame_builder
+    vars(sweep)["builder"] = lame_builder
     with joined(device_kind="cpu") as device:
         clock = Clock(60.0, device)
         found = repeat(device, POINTS, True, clock, lambda _: None, lambda _: None)

@@ -9,6 +9,7 @@ import pytest
 import torch
 
 from executor.capture import Capture, capture
+from planner.buckets import bucket_counts
 from planner.cost import CostModel
 from planner.kernels import (
     Kernel,
@@ -128,7 +129,7 @@ def captured_ops(plan: Plan, found: Capture) -> Counter[tuple[str, object]]:
 
 
 def check_against_cost_model(plan: Plan, rank: int) -> Capture:
-    """Compare ops and collectives exactly, and the states, and the peak within 5 %."""
+    """Compare ops and collectives exactly, and the states, and the whole peak within 3 %."""
     found = capture(plan, rank)
     assert captured_ops(plan, found) == expected_ops(plan, found)
     check_collectives(plan, found)
@@ -136,12 +137,12 @@ def check_against_cost_model(plan: Plan, rank: int) -> Capture:
     assert peak.parameters == estimate.parameters
     assert peak.gradients == estimate.gradients
     assert peak.optimizer == pytest.approx(estimate.optimizer, rel=1e-6)  # and a count a tensor
-    assert peak.total - peak.messages == pytest.approx(estimate.allocated, rel=0.05)
+    assert peak.total == pytest.approx(estimate.allocated, rel=0.03)
     return found
 
 
 def check_collectives(plan: Plan, found: Capture) -> None:
-    """Compare bytes of every kind, and the number of those whose number is not that of buckets."""
+    """Compare the bytes and the number of collectives of every kind."""
     bytes_of, calls_of = (stage_costs(plan, is_counted) for is_counted in (False, True))
     total, calls = Counter[tuple[str, str, str]](), Counter[tuple[str, str, str]]()
     for (phase, one), count in found.collective_counts().items():
@@ -156,7 +157,7 @@ def check_collectives(plan: Plan, found: Capture) -> None:
     def is_sent(stage: int, other: int) -> bool:
         return 0 <= other < len(homes) and homes[stage] != homes[other]
 
-    for costs, of, tells_buckets in ((bytes_of, total, True), (calls_of, calls, False)):
+    for costs, of in ((bytes_of, total), (calls_of, calls)):
         mine = [costs[stage] for stage in found.stages]
         assert of["all_reduce", "forward", "tp"] == many * sum(
             cost.tensor_parallel_forward_ns for cost in mine
@@ -174,8 +175,34 @@ def check_collectives(plan: Plan, found: Capture) -> None:
             + (costs[stage + 1].send_backward.p50_ns if is_sent(stage, stage + 1) else 0)
             for stage in found.stages
         )
-        if tells_buckets:
-            assert of["all_reduce", "", "dp"] == sum(cost.all_reduce.p50_ns for cost in mine)
+        assert of["all_reduce", "", "dp"] == sum(cost.all_reduce.p50_ns for cost in mine)
+    assert buckets_of(found) == modelled_buckets(plan, found)
+
+
+def buckets_of(found: Capture) -> Counter[int]:
+    """Return the sizes of the gradients' all-reduces."""
+    sizes = Counter[int]()
+    for (phase, one), count in found.collective_counts().items():
+        if phase != "other" and one.axis == "dp":
+            sizes[one.size_bytes] += count
+    return sizes
+
+
+def modelled_buckets(plan: Plan, found: Capture) -> Counter[int]:
+    """Return the sizes of the buckets that the cost model has."""
+    layout = plan.layout
+    shape = StageShape(
+        model=plan.model, tp=layout.tp, micro_batch=layout.micro_batch,
+        seq_len=plan.workload.seq_len,
+    )  # fmt: skip
+    sizes = Counter[int]()
+    for stage in found.stages if layout.dp > 1 else ():
+        sizes.update(dict(bucket_counts(
+            shape, layout.stage_layers[stage], is_first=stage == 0,
+            is_last=stage == layout.num_stages - 1, element_bytes=2,
+            closing_bytes=plan.stack.gradient_bucket_bytes,
+        )))  # fmt: skip
+    return sizes
 
 
 @pytest.mark.parametrize("rank", [0, 7])

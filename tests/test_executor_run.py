@@ -33,6 +33,14 @@ UNSUPPORTED = {
     "with layout.pp 1 one stage": tiny_plan(tiny_layout(schedule="zb_v", stages_per_rank=2)),
     "out of order": tiny_plan(schedule=("0F1 0F0 0B0 0B1" + "".join(
         f" 0F{i} 0B{i}" for i in range(2, 8)),)),
+    "layout.sharding is zero1": tiny_plan(replace(tiny_layout(dp=2), sharding="zero1")),
+    "layout.recompute is full": tiny_plan(replace(tiny_layout(), recompute="full")),
+    "layout.sequence_parallel is True": tiny_plan(replace(tiny_layout(tp=2),
+                                                          sequence_parallel=True)),
+    "layout.cp is 2": tiny_plan(replace(tiny_layout(), cp=2)),
+    "layout.ep is 2": tiny_plan(replace(tiny_layout(dp=2), ep=2)),
+    "workload.dtype is fp16": tiny_plan(workload=Workload(seq_len=32, global_batch=8,
+                                                          dtype="fp16")),
 }  # fmt: skip
 INVALID = {
     "stage_layers": tiny_plan(model=replace(TINY, num_layers=5)),

@@ -145,10 +145,10 @@ def test_an_order_made_for_the_memory_fits_where_no_named_one_does() -> None:
 
 
 def test_what_the_smallest_layout_needs_is_enough() -> None:
-    (tight,) = search(uneven(ONE_STAGE, memory_bytes=1_349_352)).ranking
-    assert tight.peak_bytes == 1_349_352
+    (tight,) = search(uneven(ONE_STAGE, memory_bytes=1_357_544)).ranking
+    assert tight.peak_bytes == 1_357_544
     with pytest.raises(InfeasibleError):
-        search(uneven(ONE_STAGE, memory_bytes=1_349_351))
+        search(uneven(ONE_STAGE, memory_bytes=1_357_543))
 
 
 def test_orders_too_long_to_be_made_are_rejections(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -294,9 +294,11 @@ def test_memory_of_a_stage() -> None:
     assert first.optimizer == 2 * first.parameters
     # Stage 0 of 1F1B holds two micro-batches, the last stage one, plus the head.
     assert first.activations > last.activations * 0.9
+    # A message in use and one on its way, in fp32.
+    assert first.buffers == last.buffers == 2 * shape.rows * TINY.hidden * 4
     assert first.total == sum(
         (first.parameters, first.gradients, first.optimizer, first.activations, first.temporary,
-         first.context)
+         first.buffers, first.context)
     )  # fmt: skip
 
 

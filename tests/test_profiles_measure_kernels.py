@@ -1,8 +1,8 @@
 """Kernels on a CPU: calls are what their names say, the timer keeps time, a sweep its word."""
 
+import itertools
 import json
 from collections.abc import Iterator, Sequence
-from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -17,13 +17,14 @@ from torch.nn import functional as F  # noqa: N812
 
 from planner.kernels import StageShape
 from profiles.lookup import REFERENCE_OP, REFERENCE_SHAPES
-from profiles.measure import buffers, kernels, ops, timing
+from profiles.measure import buffers, kernels, ops, sweep, timing
 from profiles.measure.buffers import TORCH_DTYPES, Arena, buffer_sets, core_cache_bytes
-from profiles.measure.kernels import KernelPoint, explore, repeat
+from profiles.measure.kernels import explore, repeat
 from profiles.measure.ops import builder, ops_of, refusal, selected, variants
 from profiles.measure.ranks import launched
 from profiles.measure.shapes import Limits, anchors, candidates, working_bytes
-from profiles.measure.timing import Budget, Call, Clock, cpu_mhz, num_outliers, time_calls
+from profiles.measure.sweep import KernelPoint, merged
+from profiles.measure.timing import Budget, Call, Clock, cpu_mhz, time_calls
 from profiles.presets import model_preset, model_presets
 from profiles.profile import KernelSample
 from profiles.surface import Shape
@@ -148,7 +149,7 @@ def test_operands_differ_and_do_not_overlap() -> None:
     arena = Arena(CPU, torch.float32, 1 << 20)
     taken = [arena.take(100, 100) for _ in range(8)]
     starts = [tensor.data_ptr() for tensor in taken]
-    assert all(b - a >= taken[0].nbytes for a, b in pairwise(starts))
+    assert all(b - a >= taken[0].nbytes for a, b in itertools.pairwise(starts))
     assert len({round(float(tensor.sum()), 3) for tensor in taken}) == 8
     large = arena.take(1 << 19)
     assert large.data_ptr() + large.nbytes < starts[0] or large.data_ptr() > starts[-1] + (4 << 20)
@@ -227,12 +228,6 @@ def test_samples_keep_to_the_budget(monkeypatch: pytest.MonkeyPatch) -> None:
         assert time_calls([fake.call], CPU, budget) == [100] * expected
 
 
-def test_outliers_are_those_over_twice_the_median() -> None:
-    assert num_outliers([]) == 0
-    assert num_outliers([10, 10, 20]) == 0
-    assert num_outliers([10, 10, 21, 500, 10]) == 2
-
-
 @pytest.mark.parametrize("kind", ["cpu", "cuda"])
 @pytest.mark.parametrize("quick", [True, False])
 def test_candidates_keep_to_the_limits(kind: str, quick: bool) -> None:
@@ -293,7 +288,7 @@ def test_exploring_finds_every_op_and_tells_what_it_keeps(monkeypatch: pytest.Mo
 def test_the_full_sweep_has_variants(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "FULL", FAST)
     monkeypatch.setattr(kernels, "_LONGEST_NS", {False: 1_000_000})
-    found = explore(CPU, ["fp32"], ["adamw"], False, Clock(3.0, CPU), ignore, ignore)
+    found = explore(CPU, ["fp32"], ["adamw"], False, Clock(60.0, CPU), ignore, ignore)
     counts = [sum(s.variant == variant for s in found.samples) for variant in ("", "foreach")]
     assert counts[0] >= 6
     assert counts[1] == 3
@@ -340,7 +335,7 @@ def test_a_fault_of_the_device_ends_the_sweep(monkeypatch: pytest.MonkeyPatch) -
     def broken(*_: object) -> Call:
         raise torch.AcceleratorError("an illegal memory access was encountered")
 
-    monkeypatch.setattr(kernels, "builder", lambda *_: broken)
+    monkeypatch.setattr(sweep, "builder", lambda *_: broken)
     point = KernelPoint(op="copy", dtype="fp32", shape=(4096,))
     with pytest.raises(torch.AcceleratorError, match="illegal"):
         repeat(CPU, [point], True, Clock(60.0, CPU), ignore, ignore)
@@ -358,10 +353,46 @@ def test_what_one_rank_cannot_do_no_rank_has(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("alone")
+def test_a_machine_that_slows_down_and_recovers_gives_the_same_times(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """One time for all points, though every third burst is 1.5 times as slow: the mean speed."""
+    slowness = itertools.cycle((1.0, 1.0, 1.5, 1.0))
+    now = 1.0
+
+    def times(*_: object) -> list[int]:
+        nonlocal now
+        now = next(slowness)
+        return [round(10_000 * now)] * 5
+
+    monkeypatch.setattr(sweep, "time_calls", times)
+    monkeypatch.setattr(timing.Yardstick, "read_ns", lambda _: 60_000 * now)
+    points = [KernelPoint(op="copy", dtype="fp32", shape=(512 * i,)) for i in range(1, 13)]
+    found = repeat(CPU, points, True, Clock(60.0, CPU), ignore, ignore)
+    medians = {sample.p50_ns for sample in found.samples}
+    assert len(medians) == 1
+    assert 10_000 <= medians.pop() <= 12_000
+    assert all(sample.num_samples == 15 for sample in found.samples)
+
+
+def test_a_yardstick_tells_the_median_of_its_least_times(monkeypatch: pytest.MonkeyPatch) -> None:
+    yardstick = timing.Yardstick()
+    assert yardstick.read_ns() == 1.0
+    stamps = itertools.chain.from_iterable((0, took) for took in (9, 5, 6, 70, 8, 7, 30, 20, 90))
+    fake = FakeTime([1])
+    monkeypatch.setattr(fake, "perf_counter_ns", lambda: next(stamps))
+    monkeypatch.setattr(timing, "time", fake)
+    for _ in range(3):
+        yardstick.measure()
+    assert yardstick.read_ns() == 7.0
+    assert yardstick.read_ns() == 1.0
+
+
+@pytest.mark.usefixtures("alone")
 def test_a_sample_is_the_mean_of_quantiles() -> None:
     points = [KernelPoint(op="copy", dtype="fp32", shape=(size,)) for size in (512, 1024)]
     times = {points[0]: [10, 20, 30, 40, 500], points[1]: []}
-    (found,) = kernels.merged(times, CPU)
+    (found,) = merged(times, CPU)
     assert found == KernelSample(
         op="copy", dtype="fp32", shape=(512,), p10_ns=14, p50_ns=30, p90_ns=316, num_samples=5,
         num_outliers=1, medians_ns=(30,),

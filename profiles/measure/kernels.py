@@ -5,84 +5,37 @@ truth.
 """
 
 import random
-from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
 from functools import partial
 from itertools import zip_longest
-from statistics import mean, median
 from typing import final
 
 import torch
 import torch.distributed as dist
 
 from profiles.lookup import kernel_works
-from profiles.measure.buffers import TORCH_DTYPES, Arena, buffer_sets
+from profiles.measure.buffers import TORCH_DTYPES
 from profiles.measure.design import Design
-from profiles.measure.links import free_bytes
-from profiles.measure.ops import builder, ops_of, refusal, selected, variants
-from profiles.measure.shapes import Limits, anchors, candidates, flop, moved_elements
-from profiles.measure.timing import (
-    Budget,
-    Clock,
-    OnPoint,
-    Yardstick,
-    num_outliers,
-    quantiles,
-    time_calls,
-)
+from profiles.measure.ops import ops_of, variants
+from profiles.measure.shapes import anchors, candidates
+from profiles.measure.sweep import Exploration, Keep, KernelPoint, Sweep
+from profiles.measure.timing import Budget, Clock, OnPoint
 from profiles.profile import KernelSample
 from profiles.surface import Shape
 
-# For one burst. On a CPU, where other work comes and goes, a point has several, with all points of
-# its round between them: one that was disturbed is not the median of three.
+# For one burst of calls.
 QUICK = Budget(time_ns=3_000_000, min_samples=2, max_samples=60)
 FULL = Budget(time_ns=8_000_000, min_samples=2, max_samples=60)
-_BURSTS = {"cpu": 3, "cuda": 1}
-_LONGEST_NS = {True: 20_000_000, False: 200_000_000}
+# Of one call, by whether in a hurry: what takes longer is interpolated well by its law alone.
+_LONGEST_NS = {True: 20_000_000, False: 60_000_000}
 
 # A round is so many surfaces, and so many shapes of each: few enough to follow what was found,
 # many enough that fitting does not take the time of measuring.
 _SURFACES_A_ROUND, _SHAPES_A_ROUND = 4, 3
 
 # Other variants are there to be compared with the default, at few shapes.
-_VARIANT_SHAPES, _VARIANTS_UNTIL = 3, 0.4
+_VARIANT_SHAPES, _VARIANTS_UNTIL = 3, 0.5
 _REPEATS_TO_KEEP = 40
-
-# Of the yardstick's times one part in so many is cut off at both ends before their mean is taken.
-_TRIMMED = 10
-
-# What tells how fast a device is, before it is known which shapes it can do in time.
-_PROBES: Mapping[str, tuple[Shape, Shape]] = {
-    "cpu": ((256, 256, 256), (1 << 22,)),
-    "cuda": ((4096, 4096, 4096), (1 << 26,)),
-}
-# Most elements that an arena takes of a device's free memory, one part in so many.
-_ARENA_PART = 16
-
-Keep = Callable[[Sequence[KernelSample]], None]
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class KernelPoint:
-    """One variant of one op at one shape and dtype."""
-
-    op: str
-    dtype: str
-    shape: Shape
-    variant: str = ""
-
-    def __str__(self) -> str:
-        """Return the point as a message names it."""
-        return " ".join(filter(None, (self.op, self.dtype, self.variant, str(self.shape))))
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Exploration:
-    """The samples of one pass; `missing` says what was to be measured and is not here, and why."""
-
-    samples: tuple[KernelSample, ...]
-    missing: tuple[str, ...]
 
 
 def explore(
@@ -95,22 +48,22 @@ def explore(
     then each round goes to the surfaces that state the largest error, until all are settled or the
     clock is over. `keep` is told of all samples after each round, on all ranks.
     """
-    bench = _Bench(device, QUICK if quick else FULL, clock, report, keep)
-    surfaces = _designs(bench, dtypes, ops, quick)
+    sweep = Sweep(device, QUICK if quick else FULL, clock, report, keep)
+    surfaces = _designs(sweep, dtypes, ops, quick)
     asked = _in_turns([surface.seeds() for surface in surfaces])
-    bench.run(asked)
+    sweep.run(asked)
     if not quick:
         rare = _in_turns([
             surface.other_variants(variant)
             for surface in surfaces
             for variant in variants(surface.op, device.type)[1:]
-            if bench.can_run(surface.op, surface.dtype, variant)
+            if sweep.can_run(surface.op, surface.dtype, variant)
         ])  # fmt: skip
-        bench.run(rare, until=_VARIANTS_UNTIL)
+        sweep.run(rare, until=_VARIANTS_UNTIL)
         asked += rare
-    while not bench.is_over and (points := _next_round(surfaces, bench)):
-        bench.run(points)
-    return bench.finished(asked)
+    while not sweep.is_over and (points := _next_round(surfaces, sweep)):
+        sweep.run(points)
+    return sweep.finished(asked)
 
 
 def repeat(
@@ -122,14 +75,14 @@ def repeat(
     The order is shuffled by `seed`: a disturbance then hits some points of all ops, and not one op
     at all its shapes.
     """
-    bench = _Bench(device, QUICK if quick else FULL, clock, report, keep)
-    order = [point for point in points if bench.can_run(point.op, point.dtype, point.variant)]
+    sweep = Sweep(device, QUICK if quick else FULL, clock, report, keep)
+    order = [point for point in points if sweep.can_run(point.op, point.dtype, point.variant)]
     random.Random(seed).shuffle(order)
     for begin in range(0, len(order), _REPEATS_TO_KEEP):
-        bench.run(order[begin : begin + _REPEATS_TO_KEEP])
-        if bench.is_over:
+        sweep.run(order[begin : begin + _REPEATS_TO_KEEP])
+        if sweep.is_over:
             break
-    return bench.finished(order)
+    return sweep.finished(order)
 
 
 @final
@@ -176,7 +129,7 @@ def _in_turns(rows: Sequence[Sequence[KernelPoint]]) -> list[KernelPoint]:
     return [point for turn in zip_longest(*rows) for point in turn if point is not None]
 
 
-def _next_round(surfaces: Sequence[_Explored], bench: "_Bench") -> list[KernelPoint]:
+def _next_round(surfaces: Sequence[_Explored], sweep: Sweep) -> list[KernelPoint]:
     """Return what to measure next, empty when all is settled.
 
     The same samples give the same choice but for the last bits of unlike processors, so the first
@@ -185,241 +138,35 @@ def _next_round(surfaces: Sequence[_Explored], bench: "_Bench") -> list[KernelPo
     rows = torch.full((_SURFACES_A_ROUND * _SHAPES_A_ROUND, 2), -1, dtype=torch.int64)
     if dist.get_rank() == 0:
         chosen: list[tuple[int, int]] = []
-        worths = {i: surface.worth(bench.samples) for i, surface in enumerate(surfaces)}
+        worths = {i: surface.worth(sweep.samples) for i, surface in enumerate(surfaces)}
         for i in sorted(worths, key=lambda i: (-worths[i], i)):
             if not worths[i] or len(chosen) + _SHAPES_A_ROUND > len(rows):
                 break
             surface, design = surfaces[i], surfaces[i].design
-            failed = [point.shape for point in bench.failed if surface.point(point.shape) == point]
-            found = design.next(surface.times(bench.samples), _SHAPES_A_ROUND, failed)
+            failed = [point.shape for point in sweep.failed if surface.point(point.shape) == point]
+            found = design.next(surface.times(sweep.samples), _SHAPES_A_ROUND, failed)
             chosen += [(i, design.candidates.index(shape)) for shape in found]
         rows[: len(chosen)] = torch.tensor(chosen, dtype=torch.int64).reshape(-1, 2)
-    rows = rows.to(bench.device)
+    rows = rows.to(sweep.device)
     dist.broadcast(rows, 0)
     return [surfaces[i].point(surfaces[i].design.candidates[j]) for i, j in rows.tolist() if i >= 0]
 
 
 def _designs(
-    bench: "_Bench", dtypes: Sequence[str], ops: Sequence[str], quick: bool
+    sweep: Sweep, dtypes: Sequence[str], ops: Sequence[str], quick: bool
 ) -> list[_Explored]:
     explored = []
     for dtype in dtypes:
-        known = [op for op in ops_of(bench.device.type, dtype) if op in ops]
-        known = [op for op in known if bench.can_run(op, dtype)]
-        limits = bench.limits(dtype, _LONGEST_NS[quick]) if known else None
+        known = [op for op in ops_of(sweep.device.type, dtype) if op in ops]
+        known = [op for op in known if sweep.can_run(op, dtype)]
+        limits = sweep.limits(dtype, _LONGEST_NS[quick]) if known else None
         for op in known:
             assert limits is not None
-            shapes = candidates(op, _bytes(dtype), bench.device.type, limits, quick)
-            fixed = [shape for shape in anchors(op, bench.device.type) if shape in shapes]
+            shapes = candidates(op, TORCH_DTYPES[dtype].itemsize, sweep.device.type, limits, quick)
+            fixed = [shape for shape in anchors(op, sweep.device.type) if shape in shapes]
             design = Design(
                 shapes, partial(kernel_works, op), anchors=fixed, longest_ns=limits.longest_ns,
-                overhead_ns=bench.budget.time_ns,
+                overhead_ns=sweep.budget.time_ns,
             )  # fmt: skip
             explored.append(_Explored(op, dtype, design))
     return explored
-
-
-def _bytes(dtype: str) -> int:
-    return TORCH_DTYPES[dtype].itemsize
-
-
-@final
-class _Bench:
-    """Times points on all ranks together; every rank makes the same calls of it."""
-
-    def __init__(
-        self, device: torch.device, budget: Budget, clock: Clock, report: OnPoint, keep: Keep
-    ) -> None:
-        self.device, self.budget, self.is_over = device, budget, False
-        self._found: dict[KernelPoint, _Found] = {}
-        self.samples: dict[KernelPoint, KernelSample] = {}
-        self.failed: dict[KernelPoint, str] = {}
-        self._yardstick = Yardstick() if device.type == "cpu" else None
-        self._clock, self._report, self._keep = clock, report, keep
-        self._free_bytes = free_bytes(device)
-        self._arenas: dict[str, Arena] = {}
-        self._refused: list[str] = []
-
-    def can_run(self, op: str, dtype: str, variant: str = "") -> bool:
-        """Return whether this device can run a variant at all; if not, it is missing."""
-        known = variant in variants(op, self.device.type)
-        reason = refusal(variant, dtype, self.device) if known else "this device has no such kernel"
-        if reason:
-            self._refused.append(" ".join(filter(None, (op, dtype, variant))) + f": {reason}")
-        return not reason
-
-    def limits(self, dtype: str, longest_ns: int) -> Limits:
-        """Return what bounds shapes of `dtype` here, by a product and a copy on the slowest rank.
-
-        fp8 is copied as bf16 is: nothing but products is measured of it.
-        """
-        product, copy = _PROBES[self.device.type]
-        took = [self._probe_ns("linear_forward", dtype, product)]
-        took.append(self._probe_ns("copy", "bf16" if dtype == "fp8" else dtype, copy))
-        slowest = torch.tensor(took, device=self.device)
-        dist.all_reduce(slowest, dist.ReduceOp.MAX)
-        product_ns, copy_ns = slowest.tolist()
-        copy_bytes = moved_elements("copy", copy) * _bytes(dtype)
-        return Limits(
-            flop_per_s=1e9 * flop("linear_forward", product) / product_ns,
-            bytes_per_s=1e9 * copy_bytes / copy_ns,
-            longest_ns=longest_ns,
-            memory_bytes=self._free_bytes,
-        )
-
-    def _probe_ns(self, op: str, dtype: str, shape: Shape) -> int:
-        calls = buffer_sets(builder(op), self._arena(dtype), shape)
-        return min(time_calls(calls, self.device, Budget(time_ns=0, min_samples=2, max_samples=2)))
-
-    def run(self, points: Sequence[KernelPoint], until: float = 1.0) -> None:
-        """Time `points`, as far as the clock's share `until` allows, and keep what is found."""
-        bursts: dict[KernelPoint, list[Row]] = {}
-        for point in [*points] * _BURSTS[self.device.type]:
-            if self._clock.is_over(until):
-                self.is_over = self._clock.is_over()
-                break
-            self._report(point.op)
-            times = self._times(point)
-            bursts.setdefault(point, []).append(_row(times, self._speed_ns()))
-        rows = [_middle(found) for found in bursts.values()]
-        for point, found in zip(bursts, _gathered(rows, self.device), strict=True):
-            if found is None:
-                self.failed.setdefault(point, "it did not run on another rank")
-            else:
-                self._found[point] = found
-        if bursts:
-            self._settle()
-        self._keep(tuple(self.samples.values()))
-
-    def _speed_ns(self) -> float:
-        return self._yardstick.read_ns() if self._yardstick else 1.0
-
-    def _settle(self) -> None:
-        """Make samples of all that was found, at the mean speed of the machine so far."""
-        speeds = sorted(found.speed_ns for found in self._found.values())
-        cut = len(speeds) // _TRIMMED
-        speed_ns = mean(speeds[cut : len(speeds) - cut]) if speeds else 1.0
-        self.samples = {
-            point: found.sample(point, speed_ns) for point, found in self._found.items()
-        }
-
-    def _times(self, point: KernelPoint) -> list[int]:
-        dist.barrier()
-        try:
-            with selected(point.variant):
-                build = builder(point.op, point.variant)
-                calls = buffer_sets(build, self._arena(point.dtype), point.shape)
-                return time_calls(calls, self.device, self.budget, self._yardstick)
-        except (RuntimeError, MemoryError) as error:
-            # After a fault of the device itself nothing that it says is to be trusted.
-            if isinstance(error, torch.AcceleratorError):
-                raise
-            self.failed[point] = _reason(error)
-            if self.device.type == "cuda":
-                torch.cuda.empty_cache()
-            return []
-
-    def _arena(self, dtype: str) -> Arena:
-        if dtype not in self._arenas:
-            most = self._free_bytes // _ARENA_PART // _bytes(dtype)
-            self._arenas[dtype] = Arena(self.device, TORCH_DTYPES[dtype], most)
-        return self._arenas[dtype]
-
-    def finished(self, asked: Sequence[KernelPoint]) -> Exploration:
-        """Return all samples, and what of `asked` is missing, a line for each op and reason."""
-        missing = [*self._refused, *(f"{point}: {why}" for point, why in self.failed.items())]
-        left = Counter(
-            " ".join(filter(None, (point.op, point.dtype, point.variant)))
-            for point in asked
-            if point not in self.samples and point not in self.failed
-        )
-        missing += [f"{name}: {count} shapes, the time was over" for name, count in left.items()]
-        return Exploration(samples=tuple(self.samples.values()), missing=tuple(missing))
-
-
-def _reason(error: Exception) -> str:
-    text = str(error).strip()
-    if isinstance(error, torch.OutOfMemoryError | MemoryError) or "allocate memory" in text:
-        return "out of memory"
-    return text.splitlines()[0][:200] if text else type(error).__name__
-
-
-def merged(times: Mapping[KernelPoint, list[int]], device: torch.device) -> list[KernelSample]:
-    """Return the samples of one pass, the same on all ranks, without points that failed on any.
-
-    A sample's quantiles are the means of the ranks' quantiles; it has as many calls as the rank
-    with the fewest, and as many outliers as the one with the most.
-    """
-    found = _gathered([_row(taken, 1.0) for taken in times.values()], device)
-    return [each.sample(point, 1.0) for point, each in zip(times, found, strict=True) if each]
-
-
-# Quantiles over the yardstick, calls, outliers, and the yardstick in ns; zeros if it failed.
-Row = tuple[float, float, float, float, float, float]
-
-
-def _middle(bursts: Sequence[Row]) -> Row:
-    """Return one row for all bursts of a point: the medians, and calls and outliers in all."""
-    if not all(burst[3] for burst in bursts):
-        return _row([], 1.0)
-    p10, p50, p90, _, _, speed_ns = (median(column) for column in zip(*bursts, strict=True))
-    num_calls, num_outlying = (sum(burst[i] for burst in bursts) for i in (3, 4))
-    return p10, p50, p90, num_calls, num_outlying, speed_ns
-
-
-def _row(times: Sequence[int], yardstick_ns: float) -> Row:
-    if not times:
-        return (0.0,) * 6
-    p10, p50, p90 = (time_ns / yardstick_ns for time_ns in quantiles(times))
-    return p10, p50, p90, len(times), num_outliers(times), yardstick_ns
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class _Found:
-    """What all ranks found at one point: quantiles over their yardsticks, and those in ns."""
-
-    quantiles: tuple[float, float, float]
-    num_samples: int
-    num_outliers: int
-    speed_ns: float
-
-    def sample(self, point: KernelPoint, speed_ns: float) -> KernelSample:
-        """Return the times that this takes where the yardstick takes `speed_ns`."""
-        p10_ns, p50_ns, p90_ns = (max(1, round(time * speed_ns)) for time in self.quantiles)
-        return KernelSample(
-            op=point.op,
-            dtype=point.dtype,
-            shape=point.shape,
-            variant=point.variant,
-            p10_ns=p10_ns,
-            p50_ns=p50_ns,
-            p90_ns=p90_ns,
-            num_samples=self.num_samples,
-            num_outliers=self.num_outliers,
-            medians_ns=(p50_ns,),
-        )
-
-
-def _gathered(rows: Sequence[Row], device: torch.device) -> list[_Found | None]:
-    """Return what the ranks found together, None where one of them has no times."""
-    if not rows:
-        return []
-    total = torch.tensor(rows, dtype=torch.float64, device=device)
-    fewest, most = total[:, 3].clone(), total[:, 4].clone()
-    dist.all_reduce(total)
-    dist.all_reduce(fewest, dist.ReduceOp.MIN)
-    dist.all_reduce(most, dist.ReduceOp.MAX)
-    means = (total / dist.get_world_size()).tolist()
-    return [
-        _Found(
-            quantiles=(p10, p50, p90),
-            num_samples=round(few),
-            num_outliers=min(round(many), round(few)),
-            speed_ns=speed_ns,
-        )
-        if few
-        else None
-        for (p10, p50, p90, _, _, speed_ns), few, many in zip(
-            means, fewest.tolist(), most.tolist(), strict=True
-        )
-    ]

@@ -14,8 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
 from profiles.measure.buffers import TORCH_DTYPES
-from profiles.measure.kernels import KernelPoint, merged
 from profiles.measure.ops import rotate
+from profiles.measure.sweep import KernelPoint, merged
 from profiles.measure.timing import cuda_events
 from profiles.profile import KernelSample
 from profiles.surface import Shape

@@ -100,9 +100,9 @@ def time_calls(
     the `yardstick` measures between calls, once a millisecond.
     """
     rotation = itertools.cycle(calls)
-    _warm_up(rotation, device, budget)
+    warm_ns = _warm_up(rotation, device, budget)
     if device.type == "cuda":
-        return _time_cuda(rotation, budget)
+        return _time_cuda(rotation, budget, warm_ns)
     clock = time.perf_counter_ns
     samples: list[int] = []
     begin = clock()
@@ -123,15 +123,19 @@ def time_calls(
             return samples
 
 
-def _warm_up(rotation: "itertools.cycle[Call]", device: torch.device, budget: Budget) -> None:
-    """Call until two times in a row are within 5 %, at most 8 times, or for the budget's time."""
+def _warm_up(rotation: "itertools.cycle[Call]", device: torch.device, budget: Budget) -> int:
+    """Call until two times in a row are within 5 %, at most 8 times, or for the budget's time.
+
+    Return the last time in ns.
+    """
     begin, previous_ns = time.perf_counter_ns(), 0
     for _ in range(_MAX_WARM_UPS):
         took_ns = _host_ns(next(rotation), device)
         is_settled = abs(took_ns - previous_ns) <= _SETTLED * previous_ns
-        if is_settled or time.perf_counter_ns() - begin > budget.time_ns:
-            return
         previous_ns = took_ns
+        if is_settled or time.perf_counter_ns() - begin > budget.time_ns:
+            break
+    return previous_ns
 
 
 def _host_ns(call: Call, device: torch.device) -> int:
@@ -143,11 +147,13 @@ def _host_ns(call: Call, device: torch.device) -> int:
     return time.perf_counter_ns() - begin
 
 
-def _time_cuda(rotation: "itertools.cycle[Call]", budget: Budget) -> list[int]:
+def _time_cuda(rotation: "itertools.cycle[Call]", budget: Budget, warm_ns: int) -> list[int]:
+    """Return times in batches that the host runs ahead of, short ones if calls are long."""
+    most = min(_CUDA_BATCH, max(budget.min_samples, budget.time_ns // max(1, warm_ns)))
     samples: list[int] = []
     deadline = time.perf_counter_ns() + budget.time_ns
     while len(samples) < budget.max_samples:
-        batch = min(_CUDA_BATCH, budget.max_samples - len(samples))
+        batch = min(most, budget.max_samples - len(samples))
         starts, ends = cuda_events(batch), cuda_events(batch)
         cuda_head_start()
         for start, end in zip(starts, ends, strict=True):
@@ -193,8 +199,8 @@ def quantiles(samples: Sequence[int]) -> tuple[int, int, int]:
 def num_outliers(samples: Sequence[int]) -> int:
     """Return how many of `samples` are over twice their median.
 
-    >>> num_outliers([10, 11, 12, 25])
-    1
+    >>> num_outliers([10, 11, 12, 25]), num_outliers([10, 10, 20]), num_outliers([])
+    (1, 0, 0)
     """
     middle = median(samples) if samples else 0.0
     return sum(sample > _OUTLYING * middle for sample in samples)

@@ -26,11 +26,12 @@ from profiles.files import canonical_json, load, write_text
 from profiles.machine import cpu_name, read_gpus, total_memory_bytes
 from profiles.measure.host import HOST_COSTS, time_host
 from profiles.measure.interference import time_interference
-from profiles.measure.kernels import KernelPoint, explore, repeat
+from profiles.measure.kernels import explore, repeat
 from profiles.measure.layers import LAYER_OPS, LayerTimer, warm_up
 from profiles.measure.links import LinkPoint, free_bytes, link_points, time_links
 from profiles.measure.ops import OPS
 from profiles.measure.ranks import gathered_fabric, joined, nodes
+from profiles.measure.sweep import KernelPoint
 from profiles.measure.timing import Clock, seen_mhz
 from profiles.profile import (
     PROFILE_SCHEMA_VERSION,
