@@ -35,7 +35,7 @@ _SURFACES_A_ROUND, _SHAPES_A_ROUND = 4, 3
 
 # Other variants are there to be compared with the default, at few shapes.
 _VARIANT_SHAPES, _VARIANTS_UNTIL = 3, 0.5
-_REPEATS_TO_KEEP = 40
+_REPEATS_TO_KEEP, _MOST_REPEATS = 40, 8
 
 
 def explore(
@@ -70,7 +70,7 @@ def repeat(
     device: torch.device, points: Sequence[KernelPoint], quick: bool, clock: Clock,
     report: OnPoint, keep: Keep, seed: int = 0,
 ) -> Exploration:  # fmt: skip
-    """Return the times of `points` again, as far as the clock allows; all ranks call this alike.
+    """Return the times of `points` again, and again while there is time; all ranks call this alike.
 
     The order is shuffled by `seed`: a disturbance then hits some points of all ops, and not one op
     at all its shapes.
@@ -78,10 +78,11 @@ def repeat(
     sweep = Sweep(device, QUICK if quick else FULL, clock, report, keep)
     order = [point for point in points if sweep.can_run(point.op, point.dtype, point.variant)]
     random.Random(seed).shuffle(order)
-    for begin in range(0, len(order), _REPEATS_TO_KEEP):
-        sweep.run(order[begin : begin + _REPEATS_TO_KEEP])
-        if sweep.is_over:
-            break
+    for _ in range(_MOST_REPEATS):
+        for begin in range(0, len(order), _REPEATS_TO_KEEP):
+            sweep.run(order[begin : begin + _REPEATS_TO_KEEP])
+            if sweep.is_over:
+                return sweep.finished(order)
     return sweep.finished(order)
 
 

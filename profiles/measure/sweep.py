@@ -77,6 +77,7 @@ class Sweep:
         self, device: torch.device, budget: Budget, clock: Clock, report: OnPoint, keep: Keep
     ) -> None:
         self.device, self.budget, self.is_over = device, budget, False
+        self._bursts: dict[KernelPoint, list[Row]] = {}
         self._found: dict[KernelPoint, _Found] = {}
         self.samples: dict[KernelPoint, KernelSample] = {}
         self.failed: dict[KernelPoint, str] = {}
@@ -118,22 +119,26 @@ class Sweep:
         return min(time_calls(calls, self.device, Budget(time_ns=0, min_samples=2, max_samples=2)))
 
     def run(self, points: Sequence[KernelPoint], until: float = 1.0) -> None:
-        """Time `points`, as far as the clock's share `until` allows, and keep what is found."""
-        bursts: dict[KernelPoint, list[Row]] = {}
+        """Time `points`, as far as the clock's share `until` allows, and keep what is found.
+
+        Points that were timed before are surer afterwards: the bursts of all runs count.
+        """
+        timed: dict[KernelPoint, None] = {}
         for point in [*points] * _BURSTS[self.device.type]:
             if self._clock.is_over(until):
                 self.is_over = self._clock.is_over()
                 break
             self._report(point.op)
             times = self._times(point)
-            bursts.setdefault(point, []).append(_row(times, self._speed_ns()))
-        rows = [_middle(found) for found in bursts.values()]
-        for point, found in zip(bursts, _gathered(rows, self.device), strict=True):
+            self._bursts.setdefault(point, []).append(_row(times, self._speed_ns()))
+            timed[point] = None
+        rows = [_middle(self._bursts[point]) for point in timed]
+        for point, found in zip(timed, _gathered(rows, self.device), strict=True):
             if found is None:
                 self.failed.setdefault(point, "it did not run on another rank")
             else:
                 self._found[point] = found
-        if bursts:
+        if timed:
             self._settle()
         self._keep(tuple(self.samples.values()))
 
