@@ -245,24 +245,22 @@ class CostModel:
 
         Forward: one all-reduce of the activations behind the attention and one behind the MLP of
         each layer, one behind the vocabulary-sharded embedding. Backward: one in front of each
-        attention and MLP, and one in front of the LM head. Each is made out of place, which costs a
-        pass over the activations, and waits for the slowest member. The sharded loss reduces three
-        values a token (the largest logit, the sum of exponentials, the target's logit) in fp32.
+        attention and MLP, and one in front of the LM head. Each makes a new tensor, and waits for
+        the slowest member. The sharded loss reduces three values a token (the largest logit, the
+        sum of exponentials, the target's logit) in fp32.
         """
         if shape.tp == 1:
             return NOTHING, NOTHING
         elements = shape.rows * self.model.hidden
-        reduce = self._collective(
-            "all_reduce", shape.tp, elements * DTYPE_BYTES[self.workload.dtype]
-        )
-        copy = self._sum((Kernel("add_forward", (elements,)),))
-        values = self._collective("all_reduce", shape.tp, 4 * shape.rows)
+        size_bytes = elements * DTYPE_BYTES[self.workload.dtype]
+        reduce = self._collective("all_reduce_copy", shape.tp, size_bytes)
+        values = self._collective("all_reduce_copy", shape.tp, 4 * shape.rows)
         late_f, late_b = (
             certain(self.witness.skew_ns(cost.p50_ns // 2, shape.tp))
             for cost in (layer.forward, layer.backward)
         )
-        forward = times(total((reduce, copy, late_f)), 2 * num_layers + is_first)
-        backward = times(total((reduce, copy, late_b)), 2 * num_layers + is_last)
+        forward = times(total((reduce, late_f)), 2 * num_layers + is_first)
+        backward = times(total((reduce, late_b)), 2 * num_layers + is_last)
         return total((forward, times(values, 3 * is_last))), backward
 
     def _gradients(

@@ -12,8 +12,9 @@ from profiles.errors import UnsupportedError
 from profiles.profile import CollectiveSample, Cost, KernelSample, Profile
 from profiles.surface import Shape, Surface, Works
 
-# The kernel that `profiles.measure.reference` repeats, by kind of device; one of every profile.
-REFERENCE_OP = "linear_forward"
+# The kernel that `profiles.measure.reference` repeats, by kind of device: all along a profile, and
+# in every run.
+REFERENCE_OP = "reference"
 REFERENCE_SHAPES: Mapping[str, Shape] = {"cpu": (512, 256, 256), "cuda": (4096, 4096, 4096)}
 
 # From a quantile of 10 or 90 % to the middle of a normal, in standard deviations.
@@ -34,7 +35,7 @@ def kernel_works(op: str, shape: Shape) -> tuple[float, ...]:
     >>> kernel_works("linear_forward", (2, 3, 4))
     (48.0, 26.0)
     """
-    if op.startswith("linear_"):
+    if op.startswith("linear_") or op == REFERENCE_OP:
         m, n, k = shape
         return 2.0 * m * n * k, float(m * k + n * k + m * n)
     if op.startswith("attention_"):
@@ -69,7 +70,7 @@ def ring_traffic(kind: str, group_size: int) -> float:
         return 1.0
     if kind == "exchange":
         return 2.0
-    return (2 if kind == "all_reduce" else 1) * (group_size - 1) / group_size
+    return (2 if kind.startswith("all_reduce") else 1) * (group_size - 1) / group_size
 
 
 class _Measured(NamedTuple):
@@ -182,7 +183,9 @@ class CostTable:
 
     def reference(self, dtype: str = "fp32") -> Cost:
         """Return the time that the reference kernel had when this machine was measured."""
-        return self.kernel(REFERENCE_OP, dtype, REFERENCE_SHAPES[self.profile.device.kind])
+        shape = REFERENCE_SHAPES[self.profile.device.kind]
+        is_kept = (REFERENCE_OP, dtype, "") in self._kernels
+        return self.kernel(REFERENCE_OP if is_kept else "linear_forward", dtype, shape)
 
     @staticmethod
     def _cost(times: tuple[float, float, float], is_extrapolated: bool, factor: float) -> Cost:

@@ -19,6 +19,8 @@ embedding_*            (rows, width, vocab)               look-up; backward make
 cross_entropy_*        (rows, vocab)                      mean cross-entropy in fp32
 layer_*                (batch, seq, hidden, heads,        a whole layer with equal heads: the
                        head, ffn)                         witness of what its kernels cost in a row
+reference              (m, n, k)                          what runs repeat, to tell how fast the
+                                                          machine is then
 adamw                  (elements,)                        one AdamW update of that many weights
 clip                   (elements,)                        norm of a gradient, and its scaling
 copy                   (elements,)                        copy on the device
@@ -30,11 +32,11 @@ A `variant` is how an op was made: empty is PyTorch's own choice, which is what 
 `flash`, `cudnn`, `efficient` and `math` name the kernel of an attention, `compiled` what
 `torch.compile` makes of a memory-bound op, `foreach` the optimizer without its fused kernel.
 
-Collective kinds: `all_reduce`, `all_gather`, `reduce_scatter`, `all_to_all`, `broadcast`,
-`send_recv`, `exchange`; `size_bytes` is the full buffer (what every rank holds after an
-all-gather). Members of a group are `stride` ranks apart. `send_recv` has a group of 2 and is the
-one-way time of a message, on a CPU while the sender computes; `exchange` is two ranks that send and
-receive at once.
+Collective kinds: `all_reduce`, `all_reduce_copy` (into a new tensor, as DTensor does it),
+`all_gather`, `reduce_scatter`, `all_to_all`, `broadcast`, `send_recv`, `exchange`; `size_bytes` is
+the full buffer (what every rank holds after an all-gather). Members of a group are `stride` ranks
+apart. `send_recv` has a group of 2 and is the one-way time of a message, on a CPU while the sender
+computes; `exchange` is two ranks that send and receive at once.
 """
 
 from collections.abc import Mapping

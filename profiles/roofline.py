@@ -38,8 +38,9 @@ _ELEMENTWISE = {
     "clip": (3, 3),
     "copy": (0, 2),
 }
-# Copies to and from the host pass another link than the memory's.
-_ACROSS = ("to_host", "from_host")
+# Copies to and from the host pass another link than the memory's; the reference is a product that
+# is there already.
+_APART = ("to_host", "from_host", "reference")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -68,7 +69,7 @@ def kernel_need(op: str, dtype: str, shape: tuple[int, ...]) -> Need | None:
     Need(flops=48.0, size_bytes=52.0)
     """
     element = ELEMENT_BYTES.get(dtype)
-    if element is None or op.startswith("layer_") or op in _ACROSS:
+    if element is None or op.startswith("layer_") or op in _APART:
         return None
     if op.startswith("linear_"):
         m, n, k = shape

@@ -60,7 +60,7 @@ _CONSTANT_RANGE, _CONSTANT_SAMPLES = 100.0, 3
 
 _NUM_SIZES = {"linear": 3, "attention": 5, "norm": 2, "rope": 1, "swiglu": 1, "add": 1,
               "embedding": 3, "cross_entropy": 2, "layer": 6, "adamw": 1, "clip": 1, "copy": 1,
-              "cast": 1, "to_host": 1, "from_host": 1}  # fmt: skip
+              "cast": 1, "to_host": 1, "from_host": 1, "reference": 3}  # fmt: skip
 
 
 @dataclass(frozen=True, slots=True, kw_only=True, order=True)

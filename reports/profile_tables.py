@@ -15,6 +15,7 @@ from reports.words import change, count, duration, size
 
 KIND_WORDS = {
     "all_reduce": "all-reduce",
+    "all_reduce_copy": "all-reduce, copied",
     "all_gather": "all-gather",
     "reduce_scatter": "reduce-scatter",
     "all_to_all": "all-to-all",
@@ -216,8 +217,8 @@ def moved_text(told: Difference) -> str:
     typical = math.fsum(abs(math.log(each.ratio)) for each in told.changes) / len(told.changes)
     return (
         f"{count(len(told.beyond))} of {count(len(told.changes))} common entries moved by more "
-        f"than the band that the first states ({percent(told.share_within)} stayed within); the mean "
-        f"change either way is {percent(math.expm1(typical))}."
+        f"than the band that the first states ({percent(told.share_within)} stayed within); the "
+        f"mean change either way is {percent(math.expm1(typical))}."
     )
 
 

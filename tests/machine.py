@@ -67,7 +67,13 @@ def _kernels() -> list[KernelSample]:
 
 
 def _collectives(num_ranks: int) -> list[CollectiveSample]:
-    factors = {"all_reduce": 2.0, "all_gather": 1.0, "reduce_scatter": 1.0, "send_recv": None}
+    factors = {
+        "all_reduce": 2.0,
+        "all_reduce_copy": 2.0,
+        "all_gather": 1.0,
+        "reduce_scatter": 1.0,
+        "send_recv": None,
+    }
     samples = []
     for kind, factor in factors.items():
         groups = [n for n in range(2, num_ranks + 1) if num_ranks % n == 0] if factor else [2]

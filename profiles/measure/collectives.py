@@ -5,10 +5,13 @@ from itertools import count
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed._functional_collectives import all_reduce, wait_tensor
 
 from profiles.measure.timing import Call
 
-COLLECTIVES = ("all_reduce", "all_gather", "reduce_scatter", "all_to_all", "broadcast")
+COLLECTIVES = (
+    "all_reduce", "all_reduce_copy", "all_gather", "reduce_scatter", "all_to_all", "broadcast",
+)  # fmt: skip
 MESSAGES = ("send_recv", "exchange")
 
 
@@ -53,6 +56,8 @@ def collective_call(
         # Zeros stay zeros; other values would grow with every call.
         zeros = other.zero_()
         return lambda: dist.all_reduce(zeros, group=group)
+    if kind == "all_reduce_copy":
+        return reduced_copy(full, group)
     if kind == "all_gather":
         return lambda: dist.all_gather_into_tensor(full, part, group=group)
     if kind == "reduce_scatter":
@@ -62,6 +67,11 @@ def collective_call(
     if kind == "broadcast":
         return _broadcast(full, group)
     raise ValueError(f"no collective {kind}; known: {', '.join(COLLECTIVES + MESSAGES)}")
+
+
+def reduced_copy(values: Tensor, group: dist.ProcessGroup) -> Call:
+    """Return the call that reduces `values` into a new tensor, as DTensor does it."""
+    return lambda: wait_tensor(all_reduce(values, "sum", group))  # type: ignore[no-untyped-call]
 
 
 def _broadcast(full: Tensor, group: dist.ProcessGroup) -> Call:

@@ -1,4 +1,6 @@
-"""Times whole transformer layers: the witness of what kernels cost when they run one after another.
+"""Times what stands beside the kernels all along a pass: whole layers, and the reference kernel.
+
+Layers are the witness of what kernels cost when they run one after another.
 
 A kernel timed alone finds its code and its allocator warm, and no other tensor in the caches. The
 planner sums kernels, and multiplies the sum by what these layers took over the sum of theirs.
@@ -13,14 +15,17 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn import functional as F  # noqa: N812
 
+from profiles.lookup import REFERENCE_OP, REFERENCE_SHAPES
 from profiles.measure.buffers import TORCH_DTYPES
 from profiles.measure.ops import rotate
+from profiles.measure.reference import reference_ns
 from profiles.measure.sweep import KernelPoint, merged
 from profiles.measure.timing import cuda_events
 from profiles.profile import KernelSample
 from profiles.surface import Shape
 
 LAYER_OPS = ("layer_forward", "layer_backward")
+ALONG_OPS = (*LAYER_OPS, REFERENCE_OP)
 NUM_LAYERS = 2
 
 # Shapes as in `profiles.profile`: one micro-batch, and four.
@@ -103,6 +108,11 @@ class LayerTimer:
         self._times: dict[KernelPoint, list[int]] = {
             replace(point, op=op): [] for point in self._stacks for op in LAYER_OPS
         }
+        self._references = [
+            KernelPoint(op=REFERENCE_OP, dtype=dtype, shape=REFERENCE_SHAPES[device.type])
+            for dtype in dtypes
+        ]
+        self._times |= {point: [] for point in self._references}
         self._begin_ns, self._spent_ns = time.perf_counter_ns(), 0
 
     def keep_pace(self) -> None:
@@ -119,8 +129,11 @@ class LayerTimer:
         return bool(answer.item())
 
     def _take_turn(self) -> None:
-        """Time every stack once."""
+        """Time every stack once, and the reference kernel."""
         begin_ns = time.perf_counter_ns()
+        for point in self._references:
+            dist.barrier()
+            self._times[point].append(reference_ns(self._device, point.dtype))
         for point, stack in self._stacks.items():
             dist.barrier()
             for op, time_ns in zip(LAYER_OPS, stack.time(), strict=True):

@@ -2,7 +2,7 @@
 
 import torch
 
-from profiles.lookup import REFERENCE_OP, REFERENCE_SHAPES
+from profiles.lookup import REFERENCE_SHAPES
 from profiles.measure.buffers import TORCH_DTYPES, Arena
 from profiles.measure.ops import OPS
 from profiles.measure.timing import Budget, quantiles, time_calls
@@ -19,5 +19,5 @@ def reference_ns(device: torch.device, dtype: str = "fp32") -> int:
     """
     arena = Arena(device, TORCH_DTYPES[dtype], _ELEMENTS[device.type])
     shape = REFERENCE_SHAPES[device.type]
-    calls = [OPS[REFERENCE_OP](arena, shape) for _ in range(4)]
+    calls = [OPS["linear_forward"](arena, shape) for _ in range(4)]
     return quantiles(time_calls(calls, device, _BUDGET))[1]

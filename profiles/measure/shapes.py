@@ -9,7 +9,7 @@ from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from itertools import product
 
-from profiles.lookup import REFERENCE_OP, REFERENCE_SHAPES
+from profiles.lookup import REFERENCE_SHAPES
 from profiles.model import ModelSpec
 from profiles.presets import model_preset, model_presets
 from profiles.surface import Shape
@@ -149,7 +149,7 @@ def anchors(op: str, device_kind: str) -> tuple[Shape, ...]:
     device: a large square product, a large copy.
     """
     on_cpu = device_kind == "cpu"
-    if op == REFERENCE_OP:
+    if op == "linear_forward":
         square = 1024 if on_cpu else 8192
         return REFERENCE_SHAPES[device_kind], (square, square, square)
     return ((1 << (24 if on_cpu else 28),),) if op == "copy" else ()

@@ -12,7 +12,7 @@ from statistics import median
 
 from profiles.difference import difference
 from profiles.lookup import CostTable
-from profiles.measure.layers import LAYER_OPS
+from profiles.measure.layers import ALONG_OPS
 from profiles.measure.run import Device, OnProgress, measure, measure_again
 from profiles.profile import KernelSample, Profile
 from profiles.surface import Shape
@@ -92,7 +92,7 @@ def held_out(profile: Profile, per_op: int, chance: random.Random) -> list[Kerne
     table, samples = CostTable(profile), []
     by_op: dict[tuple[str, str], list[KernelSample]] = {}
     for kernel in profile.kernels:
-        if kernel.op not in LAYER_OPS and not kernel.variant:
+        if kernel.op not in ALONG_OPS and not kernel.variant:
             by_op.setdefault((kernel.op, kernel.dtype), []).append(kernel)
     for (op, dtype), measured in sorted(by_op.items()):
         known = {kernel.shape for kernel in measured}

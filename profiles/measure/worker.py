@@ -27,7 +27,7 @@ from profiles.machine import cpu_name, read_gpus, total_memory_bytes
 from profiles.measure.host import HOST_COSTS, time_host
 from profiles.measure.interference import time_interference
 from profiles.measure.kernels import explore, repeat
-from profiles.measure.layers import LAYER_OPS, LayerTimer, warm_up
+from profiles.measure.layers import ALONG_OPS, LayerTimer, warm_up
 from profiles.measure.links import LinkPoint, free_bytes, link_points, time_links
 from profiles.measure.ops import OPS
 from profiles.measure.ranks import gathered_fabric, joined, nodes
@@ -160,6 +160,8 @@ class _Pass:
 
     def slowdowns(self) -> None:
         """Time kernels and collectives that run at once."""
+        if self._asked.quick:
+            return  # two seconds of every pass, which kernels need more
         found: tuple[Interference, ...] = ()
         dtype = "fp32" if self._device.type == "cpu" else "bf16"
         if self._asked.wants("interference") and dist.get_world_size() > 1:
@@ -187,7 +189,7 @@ class _Pass:
             points = [
                 KernelPoint(op=k.op, dtype=k.dtype, shape=k.shape, variant=k.variant)
                 for k in earlier.kernels
-                if k.op not in LAYER_OPS
+                if k.op not in ALONG_OPS
             ]
             found = repeat(self._device, points, self._asked.quick, clock, self._report, keep)
         else:
