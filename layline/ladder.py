@@ -42,7 +42,7 @@ class Rung:
 def climb(device: Literal["cpu", "cuda"], profile: Path | None, progress: Progress) -> list[Rung]:
     """Return predicted and measured step time and memory of each model that fits the device.
 
-    `profile` holds a profile of one rank; without it one is measured, in full.
+    `profile` holds a profile of one rank; without it one is measured.
     """
     measured = _profile(device, profile, progress)
     with tempfile.TemporaryDirectory(prefix="layline-ladder-") as name:
@@ -67,8 +67,9 @@ def _profile(device: Literal["cpu", "cuda"], path: Path | None, progress: Progre
         from profiles.store import load_profile
 
         return load_profile(path)
+    # A CPU has one dtype to be measured here, which a quick profile is about.
     return measure_profile(
-        1, device, quick=False, progress=lambda share, what: progress(0.5 * share, what)
+        1, device, quick=device == "cpu", progress=lambda share, what: progress(0.5 * share, what)
     )
 
 
@@ -84,9 +85,8 @@ LADDERS: Mapping[str, tuple[ModelSpec, ...]] = {
     "cpu": (
         _model("3m", 4, 192, 6, 6, 512, 4096),
         _model("7m", 4, 320, 10, 5, 864, 4096),
-        _model("16m", 6, 448, 7, 7, 1184, 4096),
-        _model("30m", 8, 512, 8, 4, 1376, 8192),
-        _model("60m", 8, 768, 12, 12, 2048, 8192),
+        _model("18m", 6, 448, 7, 7, 1184, 4096),
+        _model("32m", 8, 512, 8, 4, 1376, 8192),
     ),
     "cuda": (
         _model("0.2b", 12, 1024, 16, 16, 2816, 32000),

@@ -177,14 +177,16 @@ class Sweep:
         return self._arenas[dtype]
 
     def finished(self, asked: Sequence[KernelPoint]) -> Exploration:
-        """Return all samples, and what of `asked` is missing, a line for each op and reason."""
+        """Return all samples, and what of `asked` is missing: what failed, and what had no time."""
         missing = [*self._refused, *(f"{point}: {why}" for point, why in self.failed.items())]
         left = Counter(
             " ".join(filter(None, (point.op, point.dtype, point.variant)))
             for point in asked
             if point not in self.samples and point not in self.failed
         )
-        missing += [f"{name}: {count} shapes, the time was over" for name, count in left.items()]
+        if left:
+            names = ", ".join(f"{name} ({count})" for name, count in sorted(left.items()))
+            missing.append(f"{left.total()} shapes, the time was over: {names}")
         return Exploration(samples=tuple(self.samples.values()), missing=tuple(missing))
 
 
