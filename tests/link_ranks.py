@@ -51,10 +51,11 @@ def check_call(kind: str, group: dist.ProcessGroup, members: Sequence[int]) -> N
     call = collective_call(kind, group, full, other)
     full.fill_(rank)
     other.fill_(rank)
-    call()
+    made = call()
     parts = torch.tensor(members, dtype=torch.float32).repeat_interleave(each)
     expected = {
         "all_reduce": (full, other.new_full((NUM_ELEMENTS,), sum(members))),
+        "all_reduce_copy": (other.new_full((NUM_ELEMENTS,), rank), None),
         "all_gather": (parts, None),
         "reduce_scatter": (None, other.new_full((each,), sum(members))),
         "all_to_all": (None, parts),
@@ -64,6 +65,9 @@ def check_call(kind: str, group: dist.ProcessGroup, members: Sequence[int]) -> N
     }
     for found, wanted in zip((full, other), expected[kind], strict=True):
         assert wanted is None or torch.equal(found[: len(wanted)], wanted), (kind, found, wanted)
+    if kind == "all_reduce_copy":
+        assert isinstance(made, torch.Tensor)
+        assert torch.equal(made, other.new_full((NUM_ELEMENTS,), sum(members)))
 
 
 def time_few(device: torch.device) -> object:

@@ -63,7 +63,7 @@ def test_every_op_runs_at_its_least_shape(op: str, variant: str, dtype: str) -> 
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("op", [op for op in CPU_OPS if "compiled" in variants(op, "cpu")])
+@pytest.mark.parametrize("op", ["swiglu_forward", "norm_backward", "cross_entropy_forward"])
 def test_compiled_ops_agree_with_eager_ones(op: str) -> None:
     if refusal("compiled", "fp32", CPU):
         pytest.skip(refusal("compiled", "fp32", CPU))
