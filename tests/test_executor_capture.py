@@ -103,6 +103,7 @@ def test_two_fake_ranks_are_two_real_ranks(tmp_path: Path, monkeypatch: pytest.M
 # Few micro-batches for many.
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("layout", "rank"),
     [

@@ -301,6 +301,7 @@ def test_a_sweep_without_time_says_what_is_missing() -> None:
     assert found.missing == ("12 shapes, the time was over: add_forward fp32 (6), copy fp32 (6)",)
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("alone")
 def test_a_repeat_times_the_same_points_in_another_order() -> None:
     points = [KernelPoint(op="copy", dtype="fp32", shape=(4096 * i,)) for i in range(1, 30)]
@@ -338,6 +339,7 @@ def test_a_fault_of_the_device_ends_the_sweep(monkeypatch: pytest.MonkeyPatch) -
         repeat(CPU, [point], True, Clock(60.0, CPU), ignore, ignore)
 
 
+@pytest.mark.slow
 @pytest.mark.dist
 def test_what_one_rank_cannot_do_no_rank_has(tmp_path: Path) -> None:
     with launched("tests.kernel_ranks", [str(tmp_path)], 2):
