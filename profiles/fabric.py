@@ -3,7 +3,7 @@
 `profiles.topology` reads it from the operating system and `nvidia-smi`; nothing here was timed.
 """
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from operator import attrgetter
@@ -15,14 +15,6 @@ if TYPE_CHECKING:
 NETWORK = "network"
 # How the label of a NIC ends that has no link.
 DOWN = "down"
-
-# How far the ends of an edge are from each other, by its kind without the count: only the order
-# counts. A direct edge is nearer than the way around over NUMA nodes and sockets.
-_DISTANCES: Mapping[str, int] = {
-    "NV": 1, "PIX": 2, "PXB": 3, "PHB": 4, "NODE": 7, "SYS": 16, "PCIe": 4, "memory": 2,
-    "socket": 4, "network": 32,
-}  # fmt: skip
-_FARTHEST = 64
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -67,29 +59,6 @@ def graph(fabric: Fabric) -> "nx.Graph[str]":
     for link in fabric.links:
         drawn.add_edge(link.first, link.second, kind=link.kind)
     return drawn
-
-
-def hops(fabric: Fabric, first: str, second: str) -> tuple[str, ...]:
-    """Return the kinds of the edges on the nearest way from `first` to `second`.
-
-    The nearest way has the least sum of the distances in `_DISTANCES`. Raises ValueError where no
-    way leads.
-
-    >>> ends = tuple(FabricNode(name=name, kind="gpu", label=name) for name in ("gpu0", "gpu1"))
-    >>> link = FabricLink(first="gpu0", second="gpu1", kind="NV18")
-    >>> hops(Fabric(nodes=ends, links=(link,)), "gpu0", "gpu1")
-    ('NV18',)
-    """
-    import networkx as nx
-
-    drawn = graph(fabric)
-    for _, _, edge in drawn.edges(data=True):
-        edge["distance"] = _DISTANCES.get(edge["kind"].rstrip("0123456789"), _FARTHEST)
-    try:
-        way = nx.shortest_path(drawn, first, second, weight="distance")
-    except (nx.NetworkXNoPath, nx.NodeNotFound) as error:
-        raise ValueError(f"no way leads from {first} to {second}: {error}") from None
-    return tuple(drawn.edges[pair]["kind"] for pair in pairwise(way))
 
 
 def merged(fabrics: Sequence[Fabric]) -> Fabric:

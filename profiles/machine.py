@@ -129,6 +129,18 @@ def parse_nvidia_smi(text: str) -> tuple[GpuFacts, ...]:
     return tuple(found)
 
 
+def driver_version(device_kind: str) -> str:
+    """Return what drives the devices now: the GPUs' driver, for a CPU the operating system.
+
+    >>> driver_version("cpu") == f"{platform.system()} {platform.release()}"
+    True
+    """
+    if device_kind == "cpu":
+        return f"{platform.system()} {platform.release()}"
+    gpus = read_gpus()
+    return gpus[0].driver if gpus else "unknown"
+
+
 def local_cluster(num_ranks: int, device_kind: Literal["cpu", "cuda"] = "cpu") -> ClusterSpec:
     """Return this machine as a cluster of one node with `num_ranks` ranks.
 

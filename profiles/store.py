@@ -7,6 +7,7 @@ from pathlib import Path
 
 from profiles.errors import InvalidInputError
 from profiles.files import check_writable, from_plain, read_json
+from profiles.machine import cpu_name, driver_version
 from profiles.profile import PROFILE_SCHEMA_VERSION, Profile
 from profiles.validity import errors
 
@@ -68,10 +69,17 @@ def make_room(path: Path) -> None:
 
 
 def stored_profile(num_ranks: int, device_kind: str) -> Profile | None:
-    """Return the kept profile, or None if there is none that holds for what is installed now."""
+    """Return the kept profile, or None if there is none that holds for what is installed now.
+
+    Another torch, another driver, or a CPU of another name: then it is to be measured again.
+    """
     try:
         profile = load_profile(stored_profile_path(num_ranks, device_kind))
-        is_current = profile.versions["torch"].split("+")[0] == version("torch").split("+")[0]
+        is_current = (
+            profile.versions["torch"].split("+")[0] == version("torch").split("+")[0]
+            and profile.device.driver == driver_version(device_kind)
+            and (device_kind == "cuda" or profile.device.name == cpu_name())
+        )
     except (InvalidInputError, PackageNotFoundError, KeyError):
         return None
     return profile if is_current else None

@@ -283,6 +283,14 @@ def test_a_profile_of_another_machine_is_refused_by_name() -> None:
         search(job(), h200)
 
 
+def test_a_profile_of_another_cpu_is_refused_unless_told() -> None:
+    other = replace(PROFILE, device=replace(PROFILE.device, name="another CPU"))
+    with pytest.raises(UnsupportedError, match=r"another CPU \(cpu\).*foreign_profile = true"):
+        search(job(), other)
+    told = search(replace(job(), foreign_profile=True), other)
+    assert told.ranking == search(job()).ranking
+
+
 def test_memory_of_a_stage() -> None:
     layout = Layout(dp=1, tp=2, pp=2, micro_batch=1, num_microbatches=4, stage_layers=(2, 2))
     schedule = one_f_one_b(2, 4)

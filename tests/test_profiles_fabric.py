@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from profiles.fabric import Fabric, FabricLink, FabricNode, graph, hops, merged
+from profiles.fabric import Fabric, FabricLink, FabricNode, graph, merged
 from profiles.files import canonical_json, from_plain, plain
 from profiles.topology import TopoMatrix, local_fabric, parse_topo
 
@@ -138,14 +138,11 @@ def test_a_node_is_drawn_with_sockets_memory_gpus_and_ports(dgx: Fabric) -> None
     assert from_plain(Fabric, plain(dgx), "found", "run again") == dgx
 
 
-def test_the_nearest_way_takes_the_links_of_the_matrix(dgx: Fabric) -> None:
-    assert hops(dgx, "node0/gpu0", "node0/gpu7") == ("NV18",)
-    assert hops(dgx, "node0/gpu1", "node0/mlx5_3") == ("PXB",)
-    # Over NVLink and the other GPU's own port, which is nearer than across the sockets.
-    assert hops(dgx, "node0/gpu0", "node0/mlx5_11") == ("NV18", "PXB")
-    assert hops(dgx, "node0/gpu0", "node0/numa0") == ("PCIe",)
-    with pytest.raises(ValueError, match="no way leads from node0/gpu0 to node9"):
-        hops(dgx, "node0/gpu0", "node9")
+def test_the_graph_has_the_links_of_the_matrix(dgx: Fabric) -> None:
+    edges = graph(dgx).edges
+    assert edges["node0/gpu0", "node0/gpu7"]["kind"] == "NV18"
+    assert edges["node0/gpu1", "node0/mlx5_3"]["kind"] == "PXB"
+    assert edges["node0/gpu0", "node0/numa0"]["kind"] == "PCIe"
 
 
 def test_nodes_meet_in_the_network_through_the_ports_that_are_up(
@@ -160,8 +157,8 @@ def test_nodes_meet_in_the_network_through_the_ports_that_are_up(
         for port in ("eth0", *(f"mlx5_{n}" for n in range(12) if n != 1))
     }  # fmt: skip
     assert len(both.nodes) == len(dgx.nodes) + len(other.nodes) + 1
-    way = hops(both, "node0/gpu0", "node1/gpu0")
-    assert way == ("PXB", "network", "network", "PXB")
+    way = nx.shortest_path(graph(both), "node0/gpu0", "node1/gpu0")
+    assert way[2] == "network"
     assert canonical_json(merged([other, dgx])) == canonical_json(both)
 
 

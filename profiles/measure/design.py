@@ -140,10 +140,6 @@ class Design:
         errors = np.abs(np.expm1(self._fitted(samples).left_out()[0]))
         return Stated(float(np.quantile(errors, 0.5)), float(np.quantile(errors, 0.9)))
 
-    def is_settled(self, samples: Mapping[Shape, int]) -> bool:
-        """Return whether the stated error is within the targets: median 4 %, P90 10 %."""
-        return self.error(samples).excess <= 1.0
-
     def _fitted(self, samples: Mapping[Shape, int]) -> Surface:
         if self._surface is None or self._seen != samples:
             self._seen, self._surface = dict(samples), Surface(samples, self._works)

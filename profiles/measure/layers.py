@@ -20,7 +20,7 @@ from profiles.measure.buffers import TORCH_DTYPES
 from profiles.measure.ops import rotate
 from profiles.measure.reference import reference_ns
 from profiles.measure.sweep import KernelPoint, merged
-from profiles.measure.timing import cuda_events
+from profiles.measure.timing import cuda_events, first_says
 from profiles.profile import KernelSample
 from profiles.surface import Shape
 
@@ -123,10 +123,7 @@ class LayerTimer:
     def _is_due(self) -> bool:
         """Return whether the first rank's layers lag behind; it decides for all."""
         elapsed_ns = time.perf_counter_ns() - self._begin_ns
-        is_due = self._spent_ns < self._share * elapsed_ns
-        answer = torch.tensor([is_due], dtype=torch.int64, device=self._device)
-        dist.broadcast(answer, 0)
-        return bool(answer.item())
+        return first_says(self._spent_ns < self._share * elapsed_ns, self._device)
 
     def _take_turn(self) -> None:
         """Time every stack once, and the reference kernel."""

@@ -27,6 +27,7 @@ from profiles.measure.timing import (
     OnPoint,
     cuda_events,
     cuda_head_start,
+    first_says,
     quantiles,
 )
 from profiles.profile import CollectiveSample
@@ -152,7 +153,7 @@ def time_links(
         size_round = list(found)
         most_bytes = max(point.size_bytes for point in size_round)
         end_share = clock.share + last_share * most_bytes / last_bytes
-        if _first_says(bool(samples) and end_share >= 1.0, device):
+        if first_says(bool(samples) and end_share >= 1.0, device):
             missing.append(f"collectives and messages from {_mib(most_bytes)} on: out of time")
             break
         if not links.reserve(most_bytes):
@@ -175,13 +176,6 @@ def _size_class(point: LinkPoint) -> int:
 
 def _mib(size_bytes: int) -> str:
     return f"{size_bytes / (1 << 20):.3g} MiB"
-
-
-def _first_says(claim: bool, device: torch.device) -> bool:
-    """Return what the first rank claims: clocks of their own would part the ranks."""
-    answer = torch.tensor([claim], dtype=torch.int64, device=device)
-    dist.broadcast(answer, 0)
-    return bool(answer.item())
 
 
 def _sample(point: LinkPoint, times: Sequence[int]) -> CollectiveSample:

@@ -14,7 +14,7 @@ import torch
 import torch.distributed as dist
 
 from profiles.measure.buffers import TORCH_DTYPES, Arena, buffer_sets
-from profiles.measure.links import free_bytes
+from profiles.measure.links import free_bytes, slowest
 from profiles.measure.ops import builder, refusal, selected, variants
 from profiles.measure.shapes import Limits, flop, moved_elements
 from profiles.measure.timing import (
@@ -103,9 +103,7 @@ class Sweep:
         product, copy = _PROBES[self.device.type]
         took = [self._probe_ns("linear_forward", dtype, product)]
         took.append(self._probe_ns("copy", "bf16" if dtype == "fp8" else dtype, copy))
-        slowest = torch.tensor(took, device=self.device)
-        dist.all_reduce(slowest, dist.ReduceOp.MAX)
-        product_ns, copy_ns = slowest.tolist()
+        product_ns, copy_ns = slowest(took, self.device)
         copy_bytes = moved_elements("copy", copy) * TORCH_DTYPES[dtype].itemsize
         return Limits(
             flop_per_s=1e9 * flop("linear_forward", product) / product_ns,

@@ -58,9 +58,14 @@ class Clock:
 
     def is_over(self, at_share: float = 1.0) -> bool:
         """Return whether `at_share` of the first rank's time is up; all ranks must ask together."""
-        answer = torch.tensor([self.share >= at_share], dtype=torch.int64, device=self._device)
-        dist.broadcast(answer, 0)
-        return bool(answer.item())
+        return first_says(self.share >= at_share, self._device)
+
+
+def first_says(claim: bool, device: torch.device) -> bool:
+    """Return what the first rank claims; all ranks must ask together, whatever they claim."""
+    answer = torch.tensor([claim], dtype=torch.int64, device=device)
+    dist.broadcast(answer, 0)
+    return bool(answer.item())
 
 
 class Yardstick:

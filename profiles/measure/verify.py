@@ -10,6 +10,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from statistics import median
 
+import numpy as np
+
 from profiles.difference import difference
 from profiles.lookup import CostTable
 from profiles.measure.layers import ALONG_OPS
@@ -78,7 +80,7 @@ def compared(first: Profile, second: Profile, unseen: Profile) -> Verified:
         median_band=median(change.band for change in told.changes),
         held_out=tuple(
             HeldOut(op=op, dtype=dtype, num_shapes=len(found), median_error=median(found),
-                    p90_error=sorted(found)[math.ceil(0.9 * len(found)) - 1])
+                    p90_error=float(np.quantile(found, 0.9)))
             for (op, dtype), found in sorted(errors.items())
         ),
     )  # fmt: skip

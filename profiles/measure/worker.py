@@ -23,7 +23,7 @@ import torch.distributed as dist
 
 from profiles.fabric import Fabric
 from profiles.files import canonical_json, load, write_text
-from profiles.machine import cpu_name, read_gpus, total_memory_bytes
+from profiles.machine import cpu_name, driver_version, total_memory_bytes
 from profiles.measure.host import HOST_COSTS, time_host
 from profiles.measure.interference import time_interference
 from profiles.measure.kernels import explore, repeat
@@ -161,7 +161,9 @@ class _Pass:
     def slowdowns(self) -> None:
         """Time kernels and collectives that run at once."""
         if self._asked.quick:
-            return  # two seconds of every pass, which kernels need more
+            # Two seconds of every pass, which kernels need more.
+            self._miss(["interference: --quick leaves it out"])
+            return
         found: tuple[Interference, ...] = ()
         dtype = "fp32" if self._device.type == "cpu" else "bf16"
         if self._asked.wants("interference") and dist.get_world_size() > 1:
@@ -260,18 +262,16 @@ def _device_facts(device: torch.device) -> DeviceFacts:
         backend=dist.get_backend(),
         num_ranks=num_ranks,
         memory_bytes=total_memory_bytes() // ranks_per_node,
-        driver=f"{platform.system()} {platform.release()}",
+        driver=driver_version(device.type),
         ranks_per_node=ranks_per_node if len(set(where)) > 1 else 0,
     )
     if device.type == "cpu":
         return facts
     properties = torch.cuda.get_device_properties(device)
-    gpus = read_gpus()
     return replace(
         facts,
         name=properties.name,
         memory_bytes=properties.total_memory,
-        driver=gpus[0].driver if gpus else "unknown",
         capability=f"{properties.major}.{properties.minor}",
     )
 
