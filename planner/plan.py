@@ -16,7 +16,7 @@ from profiles.stack import MemoryLog, StackSpec
 from profiles.workload import Workload
 from simulator.schedule import Schedule, parse_schedule
 
-PLAN_SCHEMA_VERSION = 3
+PLAN_SCHEMA_VERSION = 4
 
 
 class StalePlanError(ValueError):
@@ -120,6 +120,28 @@ class Rejection:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Certificate:
+    """What is known of every layout of the space, those included that were never timed.
+
+    `num_layouts` were accounted for: `num_rejected` says by rule how many of them are no choice,
+    `num_bounded` could not have been better than what was found, `num_timed` went through their
+    full schedule, and `num_open` were left when the search was stopped. No layout of the space is
+    below `lower_bound`, in the unit of `objective`, of which the chosen one has `value`; `gap` is
+    the part of `value` between the two, 0 where the best is proved to be the best.
+    """
+
+    objective: str
+    value: float
+    lower_bound: float
+    gap: float
+    num_layouts: int
+    num_rejected: Mapping[str, int]
+    num_bounded: int
+    num_timed: int
+    num_open: int
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ProfileReference:
     """Which profile the costs came from, and where it is kept.
 
@@ -167,8 +189,9 @@ class Plan:
     step: Cost
     ranking: tuple[Candidate, ...]
     chosen: int
-    num_layouts: int
+    front: tuple[int, ...]
     rejections: tuple[Rejection, ...]
+    certificate: Certificate
     section_digests: Mapping[str, str]
     plan_digest: str
 
