@@ -6,6 +6,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from executor.job import RunJob, first_failure
+from planner.layout import DEFAULT_ORDER
 from planner.plan import Plan, save_plan
 from planner.record import StepRecord, read_steps
 from profiles.errors import InvalidInputError, UnsupportedError
@@ -76,7 +77,8 @@ def check_runnable(plan: Plan) -> None:
 def _check_supported(plan: Plan) -> None:
     """Raise UnsupportedError for an axis, a saving of memory or a dtype that no rank knows."""
     for name, neutral in (("cp", 1), ("ep", 1), ("sequence_parallel", False),
-                          ("sharding", "none"), ("recompute", "none")):  # fmt: skip
+                          ("sharding", "none"), ("recompute", "none"),
+                          ("order", DEFAULT_ORDER)):  # fmt: skip
         if (value := getattr(plan.layout, name)) != neutral:
             raise UnsupportedError(
                 f"layout.{name} is {value}; the executor knows {name} {neutral} alone: plan for "

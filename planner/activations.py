@@ -174,9 +174,13 @@ def stage_activation_bytes(
 ) -> tuple[int, ...]:
     """Return what each stage keeps of one micro-batch from its forward to its backward."""
     size = Sizes.of(model, workload, layout)
-    layer = layer_of(model, size, stack).kept(layout.recompute, stack.selective)
+    layer = layer_of(model, size, stack)
+    again = layer.kept(layout.recompute, stack.selective)
     head = head_activations(
         model, size, fusion=stack.fusion, fuses_norms=stack.fuses_norms, fuses_loss=stack.fuses_loss
     )
-    stages = [num_layers * layer for num_layers in layout.stage_layers]
+    stages = [
+        num_layers * layer.total - layout.recomputed(stage) * (layer.total - again)
+        for stage, num_layers in enumerate(layout.stage_layers)
+    ]
     return (*stages[:-1], stages[-1] + head)

@@ -7,6 +7,9 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple
 
+import numpy as np
+
+from planner.bounds import Columns, Parts
 from planner.buckets import bucket_counts
 from planner.kernels import (
     LINEARS_PER_LAYER,
@@ -121,17 +124,48 @@ class CostModel:
         """Return what a rank holds that has done nothing yet, as it was measured."""
         return self.table.profile.context_bytes
 
-    def balance_ns(self, layout: Layout) -> tuple[int, int, int]:
-        """Return what a micro-batch takes a layer, and the first and the last stage beside theirs.
+    def parts(self, layout: Layout) -> Parts:
+        """Return what a micro-batch takes a layer, at the ends of the model and between stages.
 
-        How `layout` splits its layers into stages does not matter.
+        How `layout` splits its layers into stages and shards its states does not matter.
         """
         shape = self.shape(layout.tp, layout.micro_batch)
-        layer, first, last = (
-            total((work.forward, work.backward)).p50_ns
-            for work in (self.layer(shape), *self.edges(shape))
+        layer, (first, last) = self.layer(shape), self.edges(shape)
+        # What a layer exchanges, what the first stage does beside, and the last.
+        (layer_f, layer_b), (first_f, first_b), (last_f, last_b) = (
+            self._tensor_parallel(shape, layer, num_layers, is_first, is_last)
+            for num_layers, is_first, is_last in ((1, 0, 0), (0, 1, 0), (0, 0, 1))
         )
-        return layer, first, last
+        return Parts(
+            layer_forward=layer.forward.p50_ns + layer_f.p50_ns,
+            layer_forward_host=0.0,
+            layer_backward=layer.backward.p50_ns + layer_b.p50_ns,
+            layer_backward_host=0.0,
+            layer_weight=layer.weight.p50_ns,
+            first_forward=first.forward.p50_ns + first_f.p50_ns,
+            first_forward_host=0.0,
+            first_backward=first.backward.p50_ns + first_b.p50_ns,
+            first_backward_host=0.0,
+            first_weight=first.weight.p50_ns,
+            last_forward=last.forward.p50_ns + last_f.p50_ns,
+            last_forward_host=0.0,
+            last_backward=last.backward.p50_ns + last_b.p50_ns,
+            last_backward_host=0.0,
+            last_weight=last.weight.p50_ns,
+            message_host=0.0,
+            send=self._message(shape, layout).p50_ns if layout.pp > 1 else 0.0,
+            step=self.table.host("step"),
+        )
+
+    def columns(self, layouts: Sequence[Layout]) -> Columns:
+        """Return the medians of `stages` of layouts that differ in their sharding alone."""
+        stages = [self.stages(layout) for layout in layouts]
+        return Columns(
+            *(
+                np.array([[getattr(cost, name).p50_ns for cost in costs] for costs in stages])
+                for name in Columns._fields
+            )
+        )
 
     def shape(self, layout_tp: int, micro_batch: int) -> StageShape:
         """Return the local shapes of one rank."""
@@ -239,7 +273,7 @@ class CostModel:
         return self._collective("send_recv", 2, size_bytes, layout.tp * layout.dp)
 
     def _tensor_parallel(
-        self, shape: StageShape, layer: Work, num_layers: int, is_first: bool, is_last: bool
+        self, shape: StageShape, layer: Work, num_layers: int, is_first: int, is_last: int
     ) -> tuple[Cost, Cost]:
         """Return the tensor-parallel collectives of a stage for one micro-batch.
 

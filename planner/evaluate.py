@@ -5,9 +5,10 @@ from dataclasses import dataclass, replace
 from functools import cache
 from typing import Protocol
 
+from planner.bounds import Columns, Parts
 from planner.layout import Layout
 from planner.lower import predict_order
-from planner.memory import peak_memory
+from planner.memory import Held, held_memory, peak_memory
 from planner.orders import NamedOrder, order_of
 from planner.plan import Candidate, PeakMemory, ProfileReference, StageCost
 from planner.synthesis import MAX_BYTES
@@ -52,11 +53,14 @@ class Costs(Protocol):
     def completed(self, layout: Layout) -> Layout:
         """Return `layout` with what no search decides, but the stack: sharding, recomputation."""
 
-    def balance_ns(self, layout: Layout) -> tuple[int, int, int]:
-        """Return what a micro-batch takes a layer, and the first and the last stage beside theirs.
+    def parts(self, layout: Layout) -> Parts:
+        """Return what a micro-batch takes a layer, at the ends of the model and between stages.
 
-        How `layout` splits its layers into stages does not matter.
+        How `layout` splits its layers into stages and shards its states does not matter.
         """
+
+    def columns(self, layouts: Sequence[Layout]) -> Columns:
+        """Return the medians of `stages` of layouts that differ in their sharding alone."""
 
     def stages(self, layout: Layout) -> tuple[StageCost, ...]:
         """Return what every stage of `layout` takes; its schedule does not matter."""
@@ -78,6 +82,14 @@ class Basis:
         return peak_memory(
             costs.model, costs.workload, layout, schedule, costs.stack, costs.context_bytes(layout)
         )
+
+    def held(self, layout: Layout, schedule: Schedule) -> tuple[Held, ...]:
+        """Return what each pipeline rank holds beside activations, of the homes of `schedule`."""
+        costs = self.costs
+        return held_memory(
+            costs.model, costs.workload, layout, schedule.homes.tolist(), costs.stack,
+            costs.context_bytes(layout),
+        )  # fmt: skip
 
     def candidate(self, layout: Layout, schedule: Schedule, step: Cost) -> Candidate:
         """Return `layout` with its step and the peak memory of its worst rank."""

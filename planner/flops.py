@@ -19,10 +19,10 @@ def step_flops(setup: Setup, *, causal: bool, recomputed: bool) -> float:
     width = model.num_layers * model.num_heads * model.head_size
     attention = (2.0 if causal else 4.0) * setup.workload.seq_len * width
     flops = 3 * (layers + attention + head)
-    if recomputed and setup.layout.recompute == "full":
-        flops += layers + attention
-    elif recomputed and setup.layout.recompute == "selective":
-        flops += _selected_again(setup, attention)
+    if recomputed and setup.layout.recompute != "none":
+        is_full = setup.layout.recompute == "full"
+        again = layers + attention if is_full else _selected_again(setup, attention)
+        flops += again * _recomputed_share(setup)
     return flops * setup.workload.tokens_per_step
 
 
@@ -38,6 +38,14 @@ def _selected_again(setup: Setup, attention: float) -> float:
     mlps = model.experts_per_token + model.num_shared_experts if model.num_experts else 1
     width = (model.num_heads + model.num_kv_heads) * model.head_size + mlps * model.ffn
     return 2.0 * model.num_layers * model.hidden * width
+
+
+def _recomputed_share(setup: Setup) -> float:
+    """Return the part of the layers in which something is recomputed."""
+    layout = setup.layout
+    if not layout.recompute_layers:
+        return 1.0
+    return sum(layout.recompute_layers) / setup.model.num_layers
 
 
 def peak_flops_per_s(setup: Setup) -> float:

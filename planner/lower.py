@@ -10,8 +10,10 @@ from functools import cache
 
 import numpy as np
 
+from planner.bounds import Columns
+from planner.layout import Layout
 from planner.memory import stage_activation_bytes
-from planner.orders import NamedOrder
+from planner.orders import NamedOrder, order_of
 from planner.plan import Plan, StageCost
 from profiles.profile import Cost
 from simulator.checks import Int64
@@ -86,6 +88,33 @@ def predict_order(
         ],
         candidates,
     )
+
+
+def median_step(layout: Layout, sample: Schedule, columns: Columns) -> int:
+    """Return the median step of `layout`, in ns, from the sample of its order.
+
+    `columns` are those of this layout alone.
+    """
+    ns = {name: column[0] for name, column in columns._asdict().items()}
+    first_stages = np.unique(sample.homes, return_index=True)[1]
+    other = np.zeros_like(ns["other"])
+    other[first_stages] = ns["other"][first_stages]
+    times = step_times(
+        sample.num_stages,
+        forward=ns["forward"],
+        backward=ns["backward"],
+        weight=ns["weight"],
+        send_forward=ns["send_forward"],
+        send_backward=ns["send_backward"],
+        before={"other": other},
+        after={kind: ns[kind] for kind in AFTER},
+    )
+    order = order_of(layout)
+    if not order.is_long:
+        return int(step_ns(sample, times)[0])
+    return folded_step(
+        cache(order.build), order.num_microbatches, order.period, order.steady_from, times, 0
+    ).makespan_ns
 
 
 def _bands(lanes_ns: Sequence[int], candidates: Sequence[Sequence[StageCost]]) -> list[Cost]:

@@ -19,14 +19,18 @@ from planner.activations import (
 from planner.layout import Layout
 from planner.plan import PeakMemory
 from profiles.model import ModelSpec
-from profiles.stack import StackSpec
+from profiles.stack import Recompute, StackSpec
 from profiles.workload import Workload
 from simulator.schedule import STAGE_MASK, STAGE_SHIFT, Codes, Schedule
 
 __all__ = [
+    "Held",
+    "alive_by_rank",
     "context_bytes",
     "head_activation_bytes",
+    "held_memory",
     "layer_activation_bytes",
+    "least_memory",
     "peak_activations",
     "peak_alive",
     "peak_memory",
@@ -71,12 +75,12 @@ def peak_activations(schedule: Schedule, stage_bytes: Sequence[int]) -> tuple[in
     or the weight half of one, frees it.
     """
     held = np.asarray(stage_bytes, np.int64)
-    return tuple(int((alive @ held[stages]).max()) for stages, alive in _alive(schedule))
+    return tuple(int((alive @ held[stages]).max()) for stages, alive in alive_by_rank(schedule))
 
 
-@lru_cache(maxsize=128)
-def _alive(schedule: Schedule) -> tuple[tuple[Codes, Codes], ...]:
-    """Return per rank its stages and, a row each, how many micro-batches they hold together."""
+@lru_cache(maxsize=512)
+def alive_by_rank(schedule: Schedule) -> tuple[tuple[Codes, Codes], ...]:
+    """Return per rank its stages [v] and, a row each [A, v], how many micro-batches they hold."""
     change = np.array([1, -1, 0, -1])
     ranks = []
     for order in schedule.orders:
@@ -227,6 +231,120 @@ def _loss_width(element: int, tp: int, stack: StackSpec) -> int:
     return 4 + element if stack.fusion != "eager" else 8 if tp == 1 else 12
 
 
+class Held(NamedTuple):
+    """What one pipeline rank holds beside activations, in bytes; see `PeakMemory`.
+
+    `temporary` is the largest short-lived working set: of one layer's backward; on the last stage
+    of the loss, logits in fp32 and their gradient; and, where gradients are accumulated in another
+    dtype than they are made in, all that the last backward has made by its end, when the
+    activations of its micro-batch are gone. `slack` is `StackSpec.allocator_slack`.
+    """
+
+    parameters: int
+    gradients: int
+    optimizer: int
+    buffers: int
+    temporary: int
+    update: int
+    context: int
+    slack: float
+
+    @property
+    def static(self) -> int:
+        """What is held all through the step."""
+        return self.parameters + self.gradients + self.optimizer + self.buffers
+
+    def peak(self, activations: int) -> PeakMemory:
+        """Return the peak of a rank that holds `activations` at most."""
+        in_use = self.static + max(activations + self.temporary, self.update)
+        return PeakMemory(
+            parameters=self.parameters,
+            gradients=self.gradients,
+            optimizer=self.optimizer,
+            activations=activations,
+            temporary=self.temporary,
+            context=self.context,
+            buffers=self.buffers,
+            update=self.update,
+            reserve=round(self.slack * in_use),
+        )
+
+    def room(self, limit_bytes: int) -> int:
+        """Return the activations that the rank has room for, negative where not even for its rest.
+
+        >>> held = Held(10, 10, 20, 0, 5, 0, 1, 0.1)
+        >>> held.room(100), held.peak(held.room(100)).total
+        (45, 100)
+        """
+        in_use = int((limit_bytes - self.context) / (1 + self.slack) + 1e-6)
+        left = in_use - self.static
+        return left - self.temporary if left >= self.update else -1
+
+
+def held_memory(
+    model: ModelSpec,
+    workload: Workload,
+    layout: Layout,
+    homes: Sequence[int],
+    stack: StackSpec,
+    context_bytes: int,
+) -> tuple[Held, ...]:
+    """Return what each pipeline rank holds beside activations, of stages that live at `homes`."""
+    size = Sizes.of(model, workload, layout)
+    stage_bytes = stage_activation_bytes(model, workload, layout, stack)
+    working = _working_bytes(model, size, layout, stack)
+    logits = size.rows * size.vocab * _loss_width(size.element, layout.tp, stack)
+    exchange = _exchange_bytes(model, size, layout) + _message_bytes(model, size, layout)
+    accumulates = (stack.gradient_bytes or size.element) != size.element
+    found = []
+    for stages, states in _ranks(model, size, layout, homes, stack):
+        kept = sum(stage_bytes[stage] for stage in stages)
+        made = size.element * states.num_parameters - kept
+        temporary = max(
+            working,
+            logits if layout.num_stages - 1 in stages else 0,
+            made if accumulates and layout.sharding in ("none", "zero1") else 0,
+        )
+        found.append(
+            Held(
+                parameters=states.parameters,
+                gradients=states.gradients,
+                optimizer=states.optimizer,
+                buffers=states.buffers + exchange,
+                temporary=temporary,
+                update=states.update,
+                context=context_bytes,
+                slack=stack.allocator_slack,
+            )
+        )
+    return tuple(found)
+
+
+def least_memory(
+    model: ModelSpec,
+    workload: Workload,
+    layout: Layout,
+    kinds: Sequence[Recompute],
+    stack: StackSpec,
+    context_bytes: int,
+) -> int:
+    """Return bytes that the fullest rank of `layout` holds at least, whatever its stages.
+
+    Of L layers over p ranks one has L / p or more; of its stages one keeps a micro-batch with the
+    `kinds` of recomputation that keep least, while the states of all of them are there.
+    """
+    size = Sizes.of(model, workload, layout)
+    num_layers = model.num_layers // layout.pp
+    layer = layer_of(model, size, stack)
+    kept = min(layer.kept(kind, stack.selective) for kind in kinds)
+    weights = _Weights.of(model, layout, num_layers, is_first=False, is_last=False)
+    states = _States.of(weights, size.element, layout, stack)
+    held = states.parameters + states.gradients + states.optimizer
+    working = size.element * 3 * size.rows * size.ffn
+    in_use = held + num_layers // layout.stages_per_rank * kept + working
+    return int((1 + stack.allocator_slack) * in_use) + context_bytes
+
+
 def peak_memory(
     model: ModelSpec,
     workload: Workload,
@@ -235,53 +353,25 @@ def peak_memory(
     stack: StackSpec,
     context_bytes: int,
 ) -> tuple[PeakMemory, ...]:
-    """Return the peak memory of each pipeline rank, over all of its stages.
-
-    `temporary` is the largest short-lived working set: of one layer's backward; on the last stage
-    of the loss, logits in fp32 and their gradient; and, where gradients are accumulated in another
-    dtype than they are made in, all that the last backward has made by its end, when the
-    activations of its micro-batch are gone.
-    """
-    size = Sizes.of(model, workload, layout)
+    """Return the peak memory of each pipeline rank, over all of its stages."""
     stage_bytes = stage_activation_bytes(model, workload, layout, stack)
-    activations = peak_activations(schedule, stage_bytes)
-    working = _working_bytes(model, size, layout, stack)
-    logits = size.rows * size.vocab * _loss_width(size.element, layout.tp, stack)
-    exchange = _exchange_bytes(model, size, layout) + _message_bytes(model, size, layout)
-    accumulates = (stack.gradient_bytes or size.element) != size.element
-    found = []
-    for rank, (stages, states) in enumerate(_ranks(model, size, layout, schedule, stack)):
-        kept = sum(stage_bytes[stage] for stage in stages)
-        made = size.element * states.num_parameters - kept
-        temporary = max(
-            working,
-            logits if layout.num_stages - 1 in stages else 0,
-            made if accumulates and layout.sharding in ("none", "zero1") else 0,
+    homes = schedule.homes.tolist()
+    return tuple(
+        held.peak(activations)
+        for held, activations in zip(
+            held_memory(model, workload, layout, homes, stack, context_bytes),
+            peak_activations(schedule, stage_bytes),
+            strict=True,
         )
-        held = states.parameters + states.gradients + states.optimizer + states.buffers + exchange
-        in_use = held + max(activations[rank] + temporary, states.update)
-        found.append(
-            PeakMemory(
-                parameters=states.parameters,
-                gradients=states.gradients,
-                optimizer=states.optimizer,
-                activations=activations[rank],
-                temporary=temporary,
-                context=context_bytes,
-                buffers=states.buffers + exchange,
-                update=states.update,
-                reserve=round(stack.allocator_slack * in_use),
-            )
-        )
-    return tuple(found)
+    )
 
 
 def _ranks(
-    model: ModelSpec, size: Sizes, layout: Layout, schedule: Schedule, stack: StackSpec
+    model: ModelSpec, size: Sizes, layout: Layout, homes: Sequence[int], stack: StackSpec
 ) -> list[tuple[list[int], _States]]:
     """Return the stages and the states of each rank; ranks that hold the same are counted once."""
     stages_of: list[list[int]] = [[] for _ in range(layout.pp)]
-    for stage, rank in enumerate(schedule.homes.tolist()):
+    for stage, rank in enumerate(homes):
         stages_of[rank].append(stage)
     known: dict[tuple[int, bool, bool], _States] = {}
     found = []

@@ -1,5 +1,6 @@
 """The orders of named layouts: what they depend on, how long they are, what a short one tells."""
 
+from functools import lru_cache
 from typing import NamedTuple
 
 from planner.layout import Layout
@@ -68,3 +69,13 @@ class NamedOrder(NamedTuple):
 def order_of(layout: Layout) -> NamedOrder:
     """Return the order of a layout whose schedule has a name."""
     return NamedOrder(layout.schedule, layout.pp, layout.stages_per_rank, layout.num_microbatches)
+
+
+def sample_of(layout: Layout) -> Schedule:
+    """Return `NamedOrder.sample` of a layout; it is kept for others of the same order."""
+    return _sampled(order_of(layout))
+
+
+@lru_cache(maxsize=256)
+def _sampled(order: NamedOrder) -> Schedule:
+    return order.sample()

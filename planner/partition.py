@@ -1,31 +1,94 @@
 """Which layers go to which pipeline stage."""
 
+from typing import Literal
+
+import numpy as np
+import numpy.typing as npt
+
 from profiles.model import ModelSpec
 from profiles.stack import Partition
+from simulator.checks import Int64
+
+Homes = Literal["loop", "v"]
+"""Where stages live: stage s on rank s modulo the ranks, or down the ranks and up again."""
+Floats = npt.NDArray[np.float64]
 
 
-def balanced_stages(
-    num_layers: int, num_stages: int, layer_ns: int, first_ns: int, last_ns: int
-) -> tuple[int, ...]:
-    """Return the layers of each stage so that the slowest stage is as fast as it can be.
+def homes_of(num_ranks: int, stages_per_rank: int, shape: Homes) -> Int64:
+    """Return the rank of each stage.
 
-    All layers cost `layer_ns`; the first stage also pays `first_ns` (embedding), the last
-    `last_ns` (LM head and loss). Every stage has a layer, and each further one goes where the
-    stage stays fastest, which is optimal since layers are equal: an exchange of two of them
-    changes nothing. Ties go to the later stage, which keeps fewer micro-batches alive under 1F1B.
-
-    >>> balanced_stages(8, 4, 10, 0, 0), balanced_stages(9, 4, 10, 0, 12)
-    ((2, 2, 2, 2), (2, 3, 3, 1))
+    >>> homes_of(3, 2, "loop").tolist(), homes_of(3, 2, "v").tolist()
+    ([0, 1, 2, 0, 1, 2], [0, 1, 2, 2, 1, 0])
     """
-    layers = [1] * num_stages
-    cost_ns = [layer_ns] * num_stages
-    cost_ns[0] += first_ns
-    cost_ns[-1] += last_ns
-    for _ in range(num_layers - num_stages):
-        stage = min(range(num_stages), key=lambda s: (cost_ns[s] + layer_ns, -s))
-        layers[stage] += 1
-        cost_ns[stage] += layer_ns
-    return tuple(layers)
+    turns = np.tile(np.arange(num_ranks), (stages_per_rank, 1))
+    if shape == "v":
+        turns[1::2] = turns[1::2, ::-1]
+    return np.ascontiguousarray(turns.ravel(), np.int64)
+
+
+def deal(num_layers: int, layer_ns: Floats, extra_ns: Floats, least: int = 1) -> Int64:
+    """Return how many of `num_layers` equal layers each of P places takes, [R, P], for R cases.
+
+    A place with n layers takes n `layer_ns` [R] + `extra_ns` [R, P], and has `least` layers at
+    least. The slowest place is as fast as it can be: the counts start where all would be equal if
+    layers could be cut, and each further layer goes where the place stays fastest (or leaves the
+    slowest). In the end no place is slower than any other with a layer more, which no other
+    division betters, since layers are equal. Ties go to later places, which keep fewer
+    micro-batches alive under 1F1B.
+
+    >>> deal(9, np.array([10.0]), np.array([[0.0, 0.0, 0.0, 12.0]])).tolist()
+    [[2, 3, 3, 1]]
+    """
+    cases, places = np.arange(len(extra_ns)), extra_ns.shape[1]
+    if num_layers < least * places:
+        raise ValueError(f"{num_layers} layers for {places} places of {least} layers at least")
+    layer = np.maximum(layer_ns, 1e-9)[:, None]
+    level = (num_layers * layer + extra_ns.sum(axis=1, keepdims=True)) / places
+    counts = np.maximum(np.floor((level - extra_ns) / layer), least).astype(np.int64)
+    while (missing := num_layers - counts.sum(axis=1)).any():
+        cost = counts * layer + extra_ns
+        gains, loses = missing > 0, missing < 0
+        # The last place among equals, in the order of the places.
+        fastest = places - 1 - np.argmin(cost[:, ::-1], axis=1)
+        slowest = np.argmax(np.where(counts > least, cost, -np.inf), axis=1)
+        counts[cases[gains], fastest[gains]] += 1
+        counts[cases[loses], slowest[loses]] -= 1
+    return np.asarray(counts)
+
+
+def dealt_stages(
+    num_layers: int,
+    homes: Int64,
+    layer_ns: Floats,
+    first_ns: Floats,
+    last_ns: Floats,
+    least: int = 1,
+) -> Int64:
+    """Return the layers of each stage, [R, S], for R cases of stages that live at `homes` [S].
+
+    The slowest rank is as fast as it can be, and so is the slowest stage of each rank. The first
+    stage also takes `first_ns` [R], the last one `last_ns` [R]; `layer_ns` is [R].
+
+    >>> one = np.ones(1)
+    >>> dealt_stages(9, homes_of(2, 2, "v"), one, 0 * one, 2 * one).tolist()
+    [[2, 3, 3, 1]]
+    """
+    num_ranks = int(homes.max()) + 1
+    chunks = len(homes) // num_ranks
+    extra = np.zeros((len(layer_ns), len(homes)))
+    extra[:, 0] += first_ns
+    extra[:, -1] += last_ns
+    stages = np.argsort(homes, kind="stable").reshape(num_ranks, chunks)
+    by_rank = extra[:, stages]
+    totals = deal(num_layers, layer_ns, by_rank.sum(axis=2), least * chunks)
+    counts = np.empty((len(layer_ns), len(homes)), np.int64)
+    for rank, own in enumerate(stages):
+        for total in np.unique(totals[:, rank]):
+            cases = totals[:, rank] == total
+            counts[np.ix_(cases, own)] = deal(
+                int(total), layer_ns[cases], by_rank[cases, rank], least
+            )
+    return counts
 
 
 def stages_by_rule(model: ModelSpec, num_stages: int, rule: Partition) -> tuple[int, ...]:

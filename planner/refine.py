@@ -4,13 +4,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
-from planner.candidates import SYNTHESISED
 from planner.evaluate import Basis
 from planner.layout import Layout
 from planner.lower import MEDIAN, predict_step, stage_times
 from planner.memory import stage_activation_bytes
 from planner.plan import Candidate, PeakMemory, Rejection
 from planner.schedules import SCHEDULES
+from planner.space import SYNTHESISED
 from planner.synthesis import DEFAULT_TRIALS, ActivationCap, synthesise
 from simulator.schedule import Schedule
 

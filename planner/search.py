@@ -1,17 +1,37 @@
-"""The search: every layout of the ranks, timed by its full schedule or rejected with a reason."""
+"""The search: the best layouts of a job, and what is known of all the others.
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+Best-first branch and bound. Every start of the space gets a lower bound of its step; starts are
+tried in the order of their bounds, until nothing that is left can be better than what was found by
+more than the gap that was asked for. What was not tried is bounded by the start that is next.
+"""
 
-from planner.candidates import SYNTHESISED, candidates, schedules_of
-from planner.evaluate import Costs, basis_of, evaluate
+import math
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import NamedTuple
+
+from planner.evaluate import Basis, Costs, basis_of
+from planner.frontier import Bounded, Tally, frontier
 from planner.layout import Layout
-from planner.orders import order_of
-from planner.plan import PLAN_SCHEMA_VERSION, Candidate, Plan, Rejection, seal
+from planner.lower import predict_order, predict_steps
+from planner.objectives import broken_limit, cost, facts_of, front
+from planner.orders import order_of, sample_of
+from planner.plan import PLAN_SCHEMA_VERSION, Candidate, Certificate, Plan, Rejection, seal
 from planner.refine import NOTHING_REFINED, refine
+from planner.space import SYNTHESISED, Space
+from planner.trial import Timed, Trials
 from profiles.job import Job
+from profiles.profile import Cost
 from profiles.quantity import format_quantity
 from simulator.schedule import Schedule
+
+FEW = 64
+"""Layouts that are timed in any case, so that the short list is of use."""
+MAX_RANKED = 100
+"""Places of the ranking: the best of what was timed."""
+Progress = Callable[[float, str], None]
+"""Told of progress: a share of the work from 0 to 1, and what is going on."""
 
 
 class InfeasibleError(ValueError):
@@ -19,15 +39,28 @@ class InfeasibleError(ValueError):
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Effort:
+    """How long to search: until the best is known to within `gap`, or for `budget_s` seconds."""
+
+    budget_s: float | None = None
+    gap: float = 0.01
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class SearchResult:
-    """All layouts that fit, fastest first, and all others with the reason of each.
+    """The best layouts that fit, best first, what is known of the others, and why some are none.
 
     `orders` holds the schedules that were made for a layout; all others are built by their name.
+    `front` are the places that no other betters in all objectives; `is_interrupted` says that the
+    search was stopped by hand.
     """
 
     ranking: tuple[Candidate, ...]
     rejections: tuple[Rejection, ...]
-    orders: Mapping[Layout, Schedule]
+    certificate: Certificate
+    front: tuple[int, ...] = (0,)
+    orders: Mapping[Layout, Schedule] = field(default_factory=dict)
+    is_interrupted: bool = False
 
     def schedule(self, place: int) -> Schedule:
         """Return the schedule of a place in the ranking."""
@@ -36,29 +69,218 @@ class SearchResult:
         return order_of(layout).whole() if made is None else made
 
 
-def search(job: Job, costs: Costs) -> SearchResult:
-    """Return every layout of the job's ranks, timed by `costs` or rejected.
+class _Judge:
+    """Says what is better, and what cannot be: the goal of a job, and the best found so far."""
+
+    def __init__(self, job: Job) -> None:
+        self.goal, self.facts = job.goal, facts_of(job)
+        self.found: list[Timed] = []
+        self._costs: list[tuple[float, ...]] = []
+
+    def costs(self, step_ns: float, peak_bytes: float) -> tuple[float, ...]:
+        """Return what each objective makes of a step and a peak."""
+        return tuple(cost(name, self.facts, step_ns, peak_bytes) for name in self.goal.objectives)
+
+    def breaks_limit(self, step_ns: float, peak_bytes: float) -> str:
+        """Return which limit of the job is broken, empty if none."""
+        return broken_limit(self.goal, self.facts, step_ns, peak_bytes)
+
+    def is_hopeless(self, step_ns: float, peak_bytes: float) -> bool:
+        """Return whether what takes so much at least can be left out."""
+        asked = self.costs(step_ns, peak_bytes)
+        if any(all(map(float.__le__, best, asked)) for best in self._costs):
+            return True
+        return bool(self.breaks_limit(step_ns, peak_bytes))
+
+    def add(self, timed: Timed) -> None:
+        """Take a layout in; what it is better than in everything no longer counts."""
+        self.found.append(timed)
+        asked = self.costs(timed.step_ns, timed.peak_bytes)
+        if not any(all(map(float.__le__, best, asked)) for best in self._costs):
+            self._costs = [
+                best for best in self._costs if not all(map(float.__le__, asked, best))
+            ] + [asked]
+
+    @property
+    def best(self) -> float:
+        """The first objective of the best layout, infinite where there is none."""
+        return min((costs[0] for costs in self._costs), default=math.inf)
+
+
+def ignore_progress(_share: float, _what: str) -> None:
+    """Tell nobody."""
+
+
+def search(
+    job: Job, costs: Costs, effort: Effort = Effort(), progress: Progress = ignore_progress
+) -> SearchResult:
+    """Return the best layouts of the job's ranks by its goal, timed by `costs`.
 
     First come the layouts with a named schedule; then, where that is asked for, the best of them
-    with an order of their own. Ties go to less memory, then to the layout's text. Raises
+    with an order of their own. Ties go to the shorter step, then to less memory, then to the
+    layout's text. The same job gives the same result unless a budget of time ends it. Raises
     InfeasibleError when nothing fits.
     """
-    basis, asked = basis_of(job, costs), schedules_of(job)
-    layouts, rejections = candidates(job, costs)
-    named = evaluate(basis, layouts)
-    refined = refine(basis, named, asked, job.seed) if SYNTHESISED in asked else NOTHING_REFINED
-    rejections += refined.rejections
-    ranking, needs = [], []
-    for candidate in (*(c for c in named if c.layout.schedule in asked), *refined.candidates):
-        if candidate.peak_bytes > basis.limit_bytes:
-            needs.append(candidate)
-            rejections.append(_out_of_memory(candidate, basis.limit_bytes))
+    started = time.monotonic()
+    basis, tally, judge = basis_of(job, costs), Tally(), _Judge(job)
+    space = Space(job, costs)
+    trials = Trials(space, basis, tally)
+    progress(0.0, "bounds")
+    queue = _by_cost(frontier(space, basis, tally), judge)
+    left, is_interrupted = _tried(queue, trials, judge, effort, started, progress)
+    return _result(job, basis, space, trials, judge, left, is_interrupted=is_interrupted)
+
+
+class _Queued(NamedTuple):
+    """A start, and what its layouts cost at least, by the first objective."""
+
+    least: float
+    bounded: Bounded
+
+
+def _by_cost(bounded: Sequence[Bounded], judge: _Judge) -> list[_Queued]:
+    """Return the starts in the order in which they are tried."""
+    queue = [_Queued(judge.costs(each.bound_ns, each.least_bytes)[0], each) for each in bounded]
+    return sorted(queue, key=lambda each: each.least)
+
+
+def _tried(
+    queue: Sequence[_Queued], trials: Trials, judge: _Judge, effort: Effort, started: float,
+    progress: Progress,
+) -> tuple[Sequence[_Queued], bool]:  # fmt: skip
+    """Try starts in turn; return those that are left, and whether it was stopped by hand."""
+    tally, is_one = trials.tally, len(judge.goal.objectives) == 1
+    for place, (least, bounded) in enumerate(queue):
+        is_near = is_one and least >= judge.best * (1 - effort.gap)
+        if is_near and tally.num_timed >= FEW:
+            return queue[place:], False
+        if judge.found and time.monotonic() - started > (effort.budget_s or math.inf):
+            return queue[place:], False
+        if reason := judge.breaks_limit(bounded.bound_ns, bounded.least_bytes):
+            tally.reject(
+                Rejection(layout=str(bounded.start), rule="limits", reason=reason),
+                bounded.num_layouts,
+            )
+            continue
+        is_worse = judge.is_hopeless(bounded.bound_ns, bounded.least_bytes)
+        if is_worse and tally.num_timed >= FEW:
+            tally.num_bounded += bounded.num_layouts
+            continue
+        progress(*_progress(judge.best, least, place / len(queue), tally.num_timed))
+        try:
+            _try_start(bounded, trials, judge)
+        except KeyboardInterrupt:
+            if not judge.found:
+                raise
+            return queue[place:], True
+    return [], False
+
+
+def _try_start(bounded: Bounded, trials: Trials, judge: _Judge) -> None:
+    """Time the layouts of one start; a few are timed whatever they can be worth."""
+
+    def is_hopeless(step_ns: float, peak_bytes: float) -> bool:
+        if trials.tally.num_timed < FEW:
+            return bool(judge.breaks_limit(step_ns, peak_bytes))
+        return judge.is_hopeless(step_ns, peak_bytes)
+
+    for timed in trials.of(bounded, is_hopeless):
+        if reason := judge.breaks_limit(timed.step_ns, timed.peak_bytes):
+            trials.tally.reject(Rejection(layout=str(timed.layout), rule="limits", reason=reason))
         else:
-            ranking.append(candidate)
-    if not ranking:
-        raise _infeasible(job, rejections, needs)
-    ranking.sort(key=lambda c: (c.step.p50_ns, c.peak_bytes, str(c.layout)))
-    return SearchResult(ranking=tuple(ranking), rejections=tuple(rejections), orders=refined.orders)
+            judge.add(timed)
+
+
+def _progress(best: float, least: float, share: float, num_timed: int) -> tuple[float, str]:
+    if best == math.inf:
+        return share, f"{num_timed:,} layouts timed"
+    gap = max(0.0, 1 - least / best)
+    return max(share, 1 - gap), f"{num_timed:,} layouts timed, gap {100 * gap:.1f} %"
+
+
+def _result(
+    job: Job, basis: Basis, space: Space, trials: Trials, judge: _Judge, left: Sequence[_Queued],
+    *, is_interrupted: bool,
+) -> SearchResult:  # fmt: skip
+    """Return what was found, with orders made for the best pipelines where they are asked for."""
+    tally, asked = trials.tally, space.schedules
+    found = sorted(judge.found, key=lambda timed: _rank(judge, timed))
+    refined = NOTHING_REFINED
+    if SYNTHESISED in asked and not is_interrupted:
+        named = [_plain(timed) for timed in (*found, *trials.short)]
+        refined = refine(basis, named, asked, job.seed)
+    for rejection in refined.rejections:
+        tally.reject(rejection)
+    made = [
+        Timed(each.layout, each.step.p50_ns, each.peak_bytes)
+        for each in refined.candidates
+        if each.peak_bytes <= basis.limit_bytes
+    ]
+    tally.num_timed += len(made)
+    ranked = sorted(
+        [*(timed for timed in found if timed.layout.schedule in asked), *made],
+        key=lambda timed: _rank(judge, timed),
+    )
+    if not ranked:
+        raise _infeasible(job, tally, trials.short)
+    ranking = [_banded(basis, timed, refined.orders) for timed in ranked[:MAX_RANKED]]
+    return SearchResult(
+        ranking=tuple(ranking),
+        rejections=tuple(tally.examples),
+        certificate=_certificate(judge, tally, ranked[0], left),
+        front=_front(judge, ranking),
+        orders=refined.orders,
+        is_interrupted=is_interrupted,
+    )
+
+
+def _rank(judge: _Judge, timed: Timed) -> tuple[float, int, int, str]:
+    first = judge.costs(timed.step_ns, timed.peak_bytes)[0]
+    return first, timed.step_ns, timed.peak_bytes, str(timed.layout)
+
+
+def _plain(timed: Timed) -> Candidate:
+    ns = timed.step_ns
+    return Candidate(
+        layout=timed.layout, step=Cost(p10_ns=ns, p50_ns=ns, p90_ns=ns),
+        peak_bytes=timed.peak_bytes,
+    )  # fmt: skip
+
+
+def _banded(basis: Basis, timed: Timed, orders: Mapping[Layout, Schedule]) -> Candidate:
+    """Return `timed` with the band of its step."""
+    stages = [basis.costs.stages(timed.layout)]
+    if timed.layout in orders:
+        (step,) = predict_steps(orders[timed.layout], stages)
+    else:
+        (step,) = predict_order(order_of(timed.layout), sample_of(timed.layout), stages)
+    return Candidate(layout=timed.layout, step=step, peak_bytes=timed.peak_bytes)
+
+
+def _front(judge: _Judge, ranking: Sequence[Candidate]) -> tuple[int, ...]:
+    """Return the places of the ranking that no other betters in all objectives."""
+    if len(judge.goal.objectives) == 1:
+        return (0,)
+    return front([judge.costs(each.step.p50_ns, each.peak_bytes) for each in ranking])
+
+
+def _certificate(judge: _Judge, tally: Tally, best: Timed, left: Sequence[_Queued]) -> Certificate:
+    """Return what is known of all layouts: what is left is no better than the next start."""
+    value = judge.costs(best.step_ns, best.peak_bytes)[0]
+    lower_bound = min(value, left[0].least if left else value)
+    num_open = sum(each.bounded.num_layouts for each in left)
+    rejected = dict(sorted(tally.rejected.items()))
+    return Certificate(
+        objective=judge.goal.objectives[0],
+        value=value,
+        lower_bound=lower_bound,
+        gap=(value - lower_bound) / value,
+        num_layouts=sum(rejected.values()) + tally.num_bounded + tally.num_timed + num_open,
+        num_rejected=rejected,
+        num_bounded=tally.num_bounded,
+        num_timed=tally.num_timed,
+        num_open=num_open,
+    )
 
 
 def make_plan(job: Job, costs: Costs, result: SearchResult, chosen: int, version: str) -> Plan:
@@ -81,8 +303,9 @@ def make_plan(job: Job, costs: Costs, result: SearchResult, chosen: int, version
         step=result.ranking[chosen].step,
         ranking=result.ranking,
         chosen=chosen,
-        num_layouts=len(result.ranking) + len(result.rejections),
+        front=result.front,
         rejections=result.rejections,
+        certificate=result.certificate,
     )
 
 
@@ -97,27 +320,20 @@ def best_of_each_kind(result: SearchResult) -> tuple[int, ...]:
     return tuple(sorted(seen.values()))
 
 
-def _out_of_memory(candidate: Candidate, limit_bytes: int) -> Rejection:
-    need, have = (format_quantity(n, "bytes") for n in (candidate.peak_bytes, limit_bytes))
-    return Rejection(
-        layout=str(candidate.layout), rule="memory", reason=f"needs {need} a rank, has {have}"
-    )
-
-
-def _infeasible(job: Job, rejections: list[Rejection], needs: list[Candidate]) -> InfeasibleError:
+def _infeasible(job: Job, tally: Tally, short: Sequence[Timed]) -> InfeasibleError:
     """Return the error that names what binds and the least that would have to give."""
-    if needs:
-        least = min(needs, key=lambda c: c.peak_bytes)
+    num_ranks = job.cluster.num_ranks
+    if short:
+        least = min(short, key=lambda timed: timed.peak_bytes)
         need = format_quantity(least.peak_bytes, "bytes")
         return InfeasibleError(
-            f"no layout of {job.cluster.num_ranks} ranks fits: memory binds. The smallest, "
-            f"{least.layout}, needs {need} a rank; give a rank that much, add ranks, or shorten "
-            "workload.seq_len"
+            f"no layout of {num_ranks} ranks fits: memory binds. The smallest, {least.layout}, "
+            f"needs {need} a rank; give a rank that much, add ranks, or shorten workload.seq_len"
         )
     # Limits are what the job asked for; what lies behind them says more.
-    told = sorted(rejections, key=lambda r: r.rule == "search limits")[:4]
+    told = sorted(tally.examples, key=lambda r: r.rule == "search limits")[:4]
     reasons = "; ".join(f"{r.layout}: {r.reason}" for r in told)
-    more = f" (and {len(rejections) - 4} more)" if len(rejections) > 4 else ""
+    more = f" (and {len(tally.examples) - 4} more)" if len(tally.examples) > 4 else ""
     return InfeasibleError(
-        f"no layout of {job.cluster.num_ranks} ranks is legal: {reasons or 'search limits'}{more}"
+        f"no layout of {num_ranks} ranks is legal: {reasons or 'search limits'}{more}"
     )

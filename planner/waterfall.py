@@ -23,7 +23,7 @@ from itertools import accumulate
 from typing import NamedTuple
 
 from planner.flops import peak_flops_per_s, step_flops
-from planner.plan import Plan
+from planner.plan import Plan, StageCost
 from planner.setup import Setup
 from simulator.idle import COMMUNICATION, HOST, StreamUse
 
@@ -57,18 +57,13 @@ def waterfall(plan: Plan, uses: Sequence[StreamUse]) -> Waterfall:
     """Return where the step of `plan` goes, of whose simulation `uses` tell."""
     compute = [use for use in uses if use.stream == "compute"]
     step_ns = sum(compute[0].busy_ns.values()) + compute[0].idle_ns
-    exchange_ns = _exchange_ns(plan)
-    work_ns = sum(_busy_ns(use, ("forward", "backward")) for use in compute) - exchange_ns
     used = utilization(plan, step_ns)
-    sums: dict[str, float] = {"work": work_ns}
+    sums: dict[str, float] = dict(sums_of(uses, plan.costs, plan.layout.num_microbatches))
     if used is not None:
         peak_ns, hardware_ns = (share * step_ns * len(compute) for share in used)
-        sums = {
-            "peak": peak_ns,
-            "recompute": hardware_ns - peak_ns,
-            "kernels": work_ns - hardware_ns,
-        }
-    sums |= {"exchange": exchange_ns, **_lost_ns(compute)}
+        kernels_ns = sums.pop("work") - hardware_ns
+        at_peak = {"peak": peak_ns, "recompute": hardware_ns - peak_ns, "kernels": kernels_ns}
+        sums = at_peak | sums
     # Rounded where they end, so that the rounded parts sum to the step as well.
     ends = [round(end / len(compute)) for end in accumulate(sums.values())]
     parts_ns = {
@@ -76,6 +71,21 @@ def waterfall(plan: Plan, uses: Sequence[StreamUse]) -> Waterfall:
     }
     mfu, hfu = used or (None, None)
     return Waterfall(parts_ns=parts_ns, mfu=mfu, hfu=hfu)
+
+
+def sums_of(
+    uses: Sequence[StreamUse], costs: Sequence[StageCost], num_microbatches: int
+) -> Mapping[str, int]:
+    """Return `PARTS_WITHOUT_PEAK` in ns, summed over the pipeline ranks that `uses` tell of.
+
+    `costs` are those of the simulated step, an entry a stage.
+    """
+    compute = [use for use in uses if use.stream == "compute"]
+    exchange_ns = num_microbatches * sum(
+        cost.tensor_parallel_forward_ns + cost.tensor_parallel_backward_ns for cost in costs
+    )
+    work_ns = sum(_busy_ns(use, ("forward", "backward")) for use in compute) - exchange_ns
+    return {"work": work_ns, "exchange": exchange_ns, **_lost_ns(compute)}
 
 
 def _lost_ns(compute: Sequence[StreamUse]) -> dict[str, int]:
@@ -107,14 +117,6 @@ def utilization(plan: Plan, step_ns: int) -> Utilization | None:
         mfu=step_flops(setup, causal=True, recomputed=False) / most,
         hfu=step_flops(setup, causal=True, recomputed=True) / most,
     )
-
-
-def _exchange_ns(plan: Plan) -> int:
-    """Return the exchanges of a step in all stages, those of every micro-batch."""
-    each_ns = sum(
-        cost.tensor_parallel_forward_ns + cost.tensor_parallel_backward_ns for cost in plan.costs
-    )
-    return plan.layout.num_microbatches * each_ns
 
 
 def _busy_ns(use: StreamUse, kinds: Sequence[str]) -> int:

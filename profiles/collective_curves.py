@@ -31,10 +31,15 @@ _MEASURED_LATENCY_NS = 14_000
 
 
 class Group(NamedTuple):
-    """Where the members of a collective sit: `size` ranks, `per_node` on each node they touch."""
+    """Where the members of a collective sit: `size` ranks, `per_node` on each node they touch.
+
+    `per_pod` is how many ranks a pod of the fabric has for each such group that leaves it: the
+    members in a pod, where all pods have as many. Infinite: no group leaves its pod.
+    """
 
     size: int
     per_node: int
+    per_pod: float = math.inf
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,12 +170,15 @@ def _curves_of(kind: str, ranks: int, link: LinkSpec) -> tuple[Mapping[int, _Cur
     """Return curves by ranks, the factor on sizes before they are looked up, and if they are kin.
 
     A link without curves takes its relative's (unknown names: those of the nearest rate), at
-    sizes as many times larger as its wire is slower; a kind without curves takes the all-reduce,
-    by the ratio of the rings' traffic.
+    sizes as many times larger as its wire is slower, and so does one with curves that is given
+    another rate; a kind without curves takes the all-reduce, by the ratio of the rings' traffic.
     """
     data = _data()
-    name, factor, is_kin = link.name, 1.0, False
-    if name not in _WIRES:
+    name = link.name
+    if name in _WIRES:
+        factor = _WIRES[name] / link.bytes_per_s
+        is_kin = factor != 1.0
+    else:
         relative = data.relatives.get(name)
         if relative is None:
             rate = link.bytes_per_s
@@ -221,16 +229,20 @@ def _inside(kind: str, ranks: int, size_bytes: float, link: LinkSpec) -> Estimat
 
 @dataclass(frozen=True, slots=True)
 class _Wire:
-    """One rank's NIC share on a fabric: its family, how much slower its hops are, its rate."""
+    """One rank's NIC share on a fabric: its family, how much slower its hops are, its rate.
+
+    The uplinks of a pod carry the NIC shares of its ranks, divided by `oversubscription`.
+    """
 
     family: _Family
     slowness: float
     bytes_per_s: float
     is_measured: bool
+    oversubscription: float
 
 
 @lru_cache(maxsize=256)
-def _wire(fabric: LinkSpec) -> _Wire:
+def _wire(fabric: LinkSpec, oversubscription: float) -> _Wire:
     """Return how `fabric` is used; one of an unknown name is InfiniBand, slower by its latency."""
     data = _data()
     family, is_measured = data.fabrics.get(fabric.name, ("infiniband", False))
@@ -240,6 +252,7 @@ def _wire(fabric: LinkSpec) -> _Wire:
         slowness=1.0 if is_known else fabric.latency_ns / _MEASURED_LATENCY_NS,
         bytes_per_s=fabric.bytes_per_s,
         is_measured=is_measured,
+        oversubscription=oversubscription,
     )
 
 
@@ -259,20 +272,34 @@ def _wire_ns(group: Group, passes: float, size: float, wire: _Wire) -> float:
     return 1e9 * passes * size / rate
 
 
+def _uplink_ns(group: Group, passes: float, size: float, wire: _Wire) -> float:
+    """Return the time to pass the buffer `passes` times over a pod's uplinks, all groups at once.
+
+    Of P ranks of a pod each has a NIC share of rate r, and the uplinks carry P r / o; o is the
+    oversubscription. A ring in the order of the ranks enters and leaves a pod once, and so passes
+    the uplinks as often as a NIC, however many members k it has there; a tree of pods no oftener.
+    The P / k groups share the uplinks, k / o shares of a NIC each: t = passes * size * o / (k r).
+    With g members a node a group has g NICs, and so loses nothing from k = g o on.
+    """
+    rate = wire.family.efficiency * wire.bytes_per_s * group.per_pod / wire.oversubscription
+    return 1e9 * passes * size / rate
+
+
 def _ring(kind: str, group: Group, size: float, intra: LinkSpec, wire: _Wire) -> Estimate:
     """Return the time of rings through all members: the slower tier's bytes, then the steps.
 
     With N nodes, g members on each and n in all, a round is N steps between nodes and n - N
     inside, of which the time inside a node has g - 1; an all-reduce goes round twice.
     """
-    n, g = group
+    n, g, _ = group
     num_nodes = math.ceil(n / g)
     passes = ring_traffic(kind, n)
     inside = _carried(kind, group, passes, size, intra)
     step_ns = wire.slowness * min(wire.family.step_ns, wire.family.hops.at(size))
     round_ns = num_nodes * step_ns + max(0, n - num_nodes - (g - 1)) * _data().inside_step_ns
     num_rounds = 2 if kind == "all_reduce" else 1
-    bytes_ns = max(inside.ns, _wire_ns(group, passes, size, wire))
+    wire_ns = max(_wire_ns(group, passes, size, wire), _uplink_ns(group, passes, size, wire))
+    bytes_ns = max(inside.ns, wire_ns)
     return Estimate(bytes_ns + num_rounds * round_ns, inside.is_extrapolated)
 
 
@@ -281,9 +308,9 @@ def _tree_ns(group: Group, size: float, intra: LinkSpec, wire: _Wire) -> float:
 
     With more than two nodes the inner nodes of a tree pass as many bytes as a ring does. With two
     each of the two trees sends half of the buffer up and half down a NIC once: S where the ring
-    passes 2 (n - 1) / n of S.
+    passes 2 (n - 1) / n of S. So it is with pods and their uplinks.
     """
-    n, g = group
+    n, g, per_pod = group
     num_nodes = math.ceil(n / g)
     passes = ring_traffic("all_reduce", n)
     inside_passes = ring_traffic("all_reduce", max(2, g)) if num_nodes == 2 else passes
@@ -291,6 +318,7 @@ def _tree_ns(group: Group, size: float, intra: LinkSpec, wire: _Wire) -> float:
         inside_passes /= _TREE_SHARE
     inside = _carried("all_reduce", group, inside_passes, size, intra)
     wire_ns = _wire_ns(group, 1.0 if num_nodes == 2 else passes, size, wire)
+    wire_ns = max(wire_ns, _uplink_ns(group, 1.0 if 2 * per_pod >= n else passes, size, wire))
     hop_ns = wire.slowness * wire.family.hops.at(size)
     return max(inside.ns, wire_ns) + 2 * math.log2(num_nodes) * hop_ns
 
@@ -299,24 +327,27 @@ def _all_to_all(group: Group, size: float, intra: LinkSpec, wire: _Wire) -> Esti
     """Return the time of an all-to-all: each member's remote part over its own NIC share.
 
     The remote part passes the link in the node too, on its way to the NIC (PXN). Each remote
-    member costs one post, and the last message one hop.
+    member costs one post, and the last message one hop. Over the uplinks of a pod k members send
+    (n - k) / n of their buffers each; where groups are cut unevenly, at most what two halves do.
     """
-    n, g = group
+    n, g, per_pod = group
     data = _data()
     wire_ns = 1e9 * (n - g) / n * size / (data.all_to_all_share * wire.bytes_per_s)
+    leaving = min(per_pod, n / 2)
+    wire_ns = max(wire_ns, _uplink_ns(group, leaving * (n - leaving) / n, size, wire))
     inside = _carried("all_to_all", group, _traffic("all_to_all", n), size, intra)
     late_ns = wire.family.hops.at(1.0) + (n - g) * data.all_to_all_post_ns
     return Estimate(max(inside.ns, wire_ns) + wire.slowness * late_ns, inside.is_extrapolated)
 
 
-def _across(kind: str, group: Group, size: float, intra: LinkSpec, inter: LinkSpec) -> Estimate:
+def _across(kind: str, group: Group, size: float, intra: LinkSpec, wire: _Wire) -> Estimate:
     """Return the time between nodes, marked where the fabric, kind or number of nodes is new."""
-    wire = _wire(inter)
-    is_new = not wire.is_measured or kind not in wire.family.kinds
+    is_new = not wire.is_measured or kind not in wire.family.kinds or group.per_pod < math.inf
     is_new = is_new or math.ceil(group.size / group.per_node) > wire.family.most_nodes
     if kind == "send_recv":
         rate = _data().send_recv_share * wire.bytes_per_s
-        return Estimate(1e9 * size / rate + wire.slowness * wire.family.hops.at(1.0), is_new)
+        wire_ns = max(1e9 * size / rate, _uplink_ns(group, 1.0, size, wire))
+        return Estimate(wire_ns + wire.slowness * wire.family.hops.at(1.0), is_new)
     if kind == "all_to_all":
         time = _all_to_all(group, size, intra, wire)
     else:
@@ -329,14 +360,16 @@ def _across(kind: str, group: Group, size: float, intra: LinkSpec, inter: LinkSp
 
 @lru_cache(maxsize=65536)
 def collective(
-    kind: str, group: Group, size_bytes: int, intra: LinkSpec, inter: LinkSpec | None
-) -> Estimate:
+    kind: str, group: Group, size_bytes: int, intra: LinkSpec, inter: LinkSpec | None,
+    oversubscription: float = 1.0,
+) -> Estimate:  # fmt: skip
     """Return the time of one collective over the full buffer `size_bytes` (`profiles.profile`).
 
     Kinds: all_reduce, all_gather, reduce_scatter, all_to_all, send_recv (a group of two). Every
     rank of a node takes part in such a collective at the same time, each group in its own: `inter`
     is what one rank's share of the NICs gives, and a group has `per_node` of them. Crossing nodes
-    is never faster than staying inside with as many ranks, up to eight.
+    is never faster than staying inside with as many ranks, up to eight. On the uplinks of a pod a
+    group that leaves it has `per_pod` / `oversubscription` such shares.
 
     >>> from profiles.presets import fabric_preset, link_preset
     >>> links = link_preset("nvlink4"), fabric_preset("ndr400")
@@ -345,6 +378,9 @@ def collective(
     (1398, False)
     >>> collective("all_gather", Group(8, 1), 1 << 29, *links).ns > 5 * inside.ns
     True
+    >>> one, four = (collective("all_gather", Group(8, 1, k), 1 << 29, *links, 7) for k in (1, 4))
+    >>> round(one.ns / four.ns, 1)
+    4.0
     """
     if kind not in KINDS:
         raise ValueError(f'the collective is "{kind}"; it must be one of {", ".join(KINDS)}')
@@ -357,7 +393,7 @@ def collective(
             f"a group of {group.size} ranks with {group.per_node} on a node crosses nodes, but the "
             "cluster has no fabric; name one"
         )
-    crossed = _across(kind, group, size_bytes, intra, inter)
+    crossed = _across(kind, group, size_bytes, intra, _wire(inter, oversubscription))
     if group.size > _NVLS_RANKS:
         return crossed
     inside = _inside(kind, group.size, size_bytes, intra)

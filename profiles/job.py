@@ -9,10 +9,12 @@ from typing import Any, TypeVar
 from profiles.cluster import ClusterSpec
 from profiles.errors import InvalidInputError, Problem, UnsupportedError
 from profiles.files import read_text
-from profiles.job_resolve import Found, resolve_cluster, resolve_model
+from profiles.goal import FASTEST, Goal
+from profiles.job_resolve import Found, resolve_cluster, resolve_goal, resolve_model
 from profiles.job_schema import (
     MAX_RANKS,
     ClusterTable,
+    GoalTable,
     JobTable,
     ModelTable,
     Place,
@@ -25,8 +27,10 @@ from profiles.job_schema import (
 )
 from profiles.model import ModelSpec
 from profiles.presets import stack_preset
-from profiles.stack import StackSpec
+from profiles.stack import Recompute, Sharding, StackSpec
 from profiles.workload import DTYPE_BYTES, Workload
+
+__all__ = ["Goal", "Job", "SearchLimits", "read_job"]
 
 MAX_JOB_BYTES = 8_000_000
 MAX_DEPTH = 20
@@ -44,8 +48,15 @@ class SearchLimits:
     tp: tuple[int, ...] = ()
     pp: tuple[int, ...] = ()
     micro_batch: tuple[int, ...] = ()
+    cp: tuple[int, ...] = ()
+    ep: tuple[int, ...] = ()
     schedule: tuple[str, ...] = ()
     stages_per_rank: tuple[int, ...] = ()
+    sequence_parallel: tuple[bool, ...] = ()
+    sharding: tuple[Sharding, ...] = ()
+    shard_group: tuple[int, ...] = ()
+    recompute: tuple[Recompute, ...] = ()
+    order: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -63,6 +74,7 @@ class Job:
     profile_path: str
     search: SearchLimits
     foreign_profile: bool = False
+    goal: Goal = FASTEST
 
 
 def read_job(path: Path, overrides: Sequence[str] = ()) -> Job:
@@ -90,6 +102,8 @@ def read_job(path: Path, overrides: Sequence[str] = ()) -> Job:
         workload = Workload(**WorkloadTable.model_validate(data["workload"]).given())
     stack = None if "stack" in broken else _resolve_stack(data, found)
     search = SearchTable() if "search" in broken else SearchTable(**data.get("search", {}))
+    wanted = GoalTable() if "goal" in broken else GoalTable(**data.get("goal", {}))
+    goal = resolve_goal(wanted, cluster, found)
     profile_path = "" if "profile" in broken else _resolve_profile(data, found)
     _check_together(data, model, cluster, found)
     if found.problems:
@@ -107,9 +121,15 @@ def read_job(path: Path, overrides: Sequence[str] = ()) -> Job:
         foreign_profile=data.get("foreign_profile", False),
         search=SearchLimits(
             dp=_unique(search.dp), tp=_unique(search.tp), pp=_unique(search.pp),
-            micro_batch=_unique(search.micro_batch), schedule=tuple(dict.fromkeys(search.schedule)),
+            cp=_unique(search.cp), ep=_unique(search.ep), micro_batch=_unique(search.micro_batch),
             stages_per_rank=_unique(search.stages_per_rank),
+            shard_group=_unique(search.shard_group),
+            **{
+                name: tuple(dict.fromkeys(getattr(search, name)))
+                for name in ("schedule", "sequence_parallel", "sharding", "recompute", "order")
+            },
         ),
+        goal=goal,
     )  # fmt: skip
 
 

@@ -7,11 +7,14 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, TypeVar
 
-from profiles.cluster import ClusterSpec, GpuSpec, LinkSpec, PoolSpec
+from profiles.cluster import ClusterSpec, GpuSpec, LinkSpec, Operation, PoolSpec, UplinkSpec
 from profiles.errors import InvalidInputError, Problem, UnsupportedError
+from profiles.goal import Goal
 from profiles.huggingface import read_hf_config
 from profiles.job_schema import (
     ClusterTable,
+    FabricTable,
+    GoalTable,
     GpuTable,
     LinkTable,
     ModelTable,
@@ -30,6 +33,7 @@ from profiles.presets import (
     link_preset,
     model_preset,
 )
+from profiles.quantity import format_quantity
 
 
 @dataclass(slots=True)
@@ -126,6 +130,10 @@ def _has_all(table: Table, keys: tuple[str, ...], at: str, else_fix: str, found:
     return not missing
 
 
+_OF_UPLINKS = ("pod_nodes", "oversubscription")
+_OF_ANY_CLUSTER = ("price_per_gpu_hour", "power_per_gpu", "pue", "failures")
+
+
 def _check_form(table: ClusterTable, found: Found) -> None:
     """Check that `[cluster]` has the keys of one form: local, a preset, or pools written out."""
     allowed: tuple[str, ...]
@@ -142,6 +150,7 @@ def _check_form(table: ClusterTable, found: Found) -> None:
                   f"use one of {names}")  # fmt: skip
         return
     _has_all(table, required, "cluster", "for example ranks = 2", found)
+    allowed = (*allowed, *_OF_ANY_CLUSTER)
     for key in table.given():
         if key not in allowed:
             found.add(f"cluster.{key}", "given", f"must be absent where {form}",
@@ -150,6 +159,35 @@ def _check_form(table: ClusterTable, found: Found) -> None:
 
 def resolve_cluster(table: ClusterTable, found: Found) -> ClusterSpec | None:
     """Return the cluster of `[cluster]`, None where `found` got a problem."""
+    operation = _resolve_operation(table, found)
+    uplinks = _resolve_uplinks(table.fabric, found)
+    cluster = _resolve_machines(table, found)
+    if cluster is None:
+        return None
+    if cluster.inter_node is None:
+        uplinks = None
+    return dataclasses.replace(cluster, operation=operation, uplinks=uplinks)
+
+
+def _resolve_operation(table: ClusterTable, found: Found) -> Operation:
+    names = {
+        "price_per_gpu_hour": "dollars_per_gpu_hour",
+        "power_per_gpu": "watts_per_gpu",
+        "pue": "pue",
+        "per_gpu_day": "interruptions_per_gpu_day",
+        "restart": "restart_ns",
+        "checkpoint_rate": "checkpoint_bytes_per_s",
+        "checkpoint_stall": "checkpoint_stall_ns",
+    }
+    if table.failures.has("checkpoint_rate") and table.failures.has("checkpoint_stall"):
+        found.add("cluster.failures.checkpoint_stall", "given",
+                  "must be absent where a checkpoint_rate is given",
+                  "keep the stall if training goes on meanwhile, else the rate")  # fmt: skip
+    given = table.given() | table.failures.given()
+    return Operation(**{names[key]: value for key, value in given.items() if key in names})
+
+
+def _resolve_machines(table: ClusterTable, found: Found) -> ClusterSpec | None:
     before = len(found.problems)
     _check_form(table, found)
     fabric = _resolve_link(table.fabric, "cluster.fabric", found, is_fabric=True)
@@ -224,6 +262,10 @@ def _resolve_link(
     names = {"rate": "bytes_per_s", "latency": "latency_ns"}
     given: dict[str, Any] = table.given()
     given.pop("preset", None)
+    pods = set(_OF_UPLINKS) & given.keys()
+    if pods and given.keys() <= pods | {"source", "date"}:
+        pods = set(given)  # source and date tell of the pods then
+    given = {key: value for key, value in given.items() if key not in pods}
     changes = {names.get(key, key): value for key, value in given.items()}
     if table.preset is None:
         if not _has_all(table, tuple(names), at, "or name a preset", found):
@@ -236,9 +278,54 @@ def _resolve_link(
     return None
 
 
+def _resolve_uplinks(table: FabricTable | None, found: Found) -> UplinkSpec | None:
+    if table is None or not any(table.has(key) for key in _OF_UPLINKS):
+        return None
+    else_fix = "or leave the other out, for a fabric at full rate"
+    if not _has_all(table, _OF_UPLINKS, "cluster.fabric", else_fix, found):
+        return None
+    return UplinkSpec(
+        pod_nodes=table.pod_nodes,
+        oversubscription=table.oversubscription,
+        source=table.source,
+        date=table.date,
+    )
+
+
 def _changed(base: Fact, changes: dict[str, Any]) -> Fact:
     if not changes:
         return base
     changes.setdefault("name", f"{base.name}-changed")
     changes.setdefault("source", f"{base.source}; changed in the job file")
     return dataclasses.replace(base, **changes)
+
+
+def resolve_goal(table: GoalTable, cluster: ClusterSpec | None, found: Found) -> Goal:
+    """Return the goal of `[goal]`; notes what it needs that the cluster does not say or have."""
+    limits = {name: float(limit) for name, limit in table.limits.given().items()}
+    if "step_time" in limits:
+        limits["step_time"] /= 1e9
+    goal = Goal(objectives=table.optimize, limits=limits)
+    if cluster is not None:
+        _check_goal(goal, cluster, found)
+    return goal
+
+
+def _check_goal(goal: Goal, cluster: ClusterSpec, found: Found) -> None:
+    asked, operation = goal.asks_for, cluster.operation
+    if "dollars_per_mtoken" in asked and operation.dollars_per_gpu_hour is None:
+        found.add("cluster.price_per_gpu_hour", "missing",
+                  "must be given where the goal has dollars_per_mtoken",
+                  "add what a GPU costs an hour in $, for example 2.5")  # fmt: skip
+    is_rated = all(pool.gpu.max_power_watts for pool in cluster.pools)
+    if "joules_per_token" in asked and operation.watts_per_gpu is None and not is_rated:
+        found.add("cluster.power_per_gpu", "missing",
+                  "must be given where the goal has joules_per_token and a GPU's power is unknown",
+                  'add what a GPU and its share of a node draw, for example "970 W"')  # fmt: skip
+    smallest = min((pool.gpu for pool in cluster.pools), key=lambda gpu: gpu.memory_bytes)
+    headroom = goal.limits.get("memory_headroom", 0.0)
+    if headroom >= smallest.memory_bytes:
+        memory = format_quantity(smallest.memory_bytes, "bytes")
+        found.add("goal.limits.memory_headroom", f'"{format_quantity(headroom, "bytes")}"',
+                  f"must be below the memory of {smallest.name} ({memory}); else nothing fits",
+                  "lower it, or choose a GPU with more memory")  # fmt: skip

@@ -8,9 +8,11 @@ from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationEr
 from pydantic_core import ErrorDetails, PydanticCustomError
 
 from profiles.errors import Problem
+from profiles.goal import MAX_OBJECTIVES, OBJECTIVES
 from profiles.model import Mlp, Norm, Positions
 from profiles.presets import closest
 from profiles.quantity import Dimension, parse_quantity, quantity_example, quantity_rule
+from profiles.stack import Recompute, Sharding
 from profiles.workload import DType
 
 MAX_RANKS = 2_000_000
@@ -27,6 +29,9 @@ ScheduleName = Literal[
 ]
 """The schedules of `planner.schedules`, which this package may not import, and the one that
 `planner.synthesis` makes for the case at hand; a test compares them."""
+
+AxisOrder = Literal["tp-cp-dp-pp", "tp-cp-pp-dp"]
+"""The orders of axes that are searched, of those that `planner.layout` knows."""
 
 # Far above any real value; they keep a slip of the pen from becoming an endless computation.
 Count = Annotated[int, Field(ge=1, le=10**9)]
@@ -58,6 +63,25 @@ Nanoseconds = Annotated[int, _quantity("ns", allows_zero=True)]
 FlopsPerS = Annotated[float, _quantity("flop/s")]
 Tokens = Annotated[int, _quantity("tokens", allows_zero=True)]
 Watts = Annotated[float, _quantity("watts", allows_zero=True)]
+SomeNanoseconds = Annotated[int, _quantity("ns")]
+SomeWatts = Annotated[float, _quantity("watts")]
+
+
+def _objectives(value: object) -> tuple[str, ...]:
+    """Let `"goodput"` stand for `["goodput"]`."""
+    names = [value] if isinstance(value, str) else value
+    if isinstance(names, list) and 1 <= len(names) <= MAX_OBJECTIVES:
+        unknown = [name for name in names if name not in OBJECTIVES]
+        if not unknown and len(set(names)) == len(names):
+            return tuple(names)
+        fix = closest(str(unknown[0])[:60], OBJECTIVES, "objective") if unknown else "name it once"
+    else:
+        fix = f"use {', '.join(OBJECTIVES)}"
+    rule = "must be an objective, or a list of two or three different ones"
+    raise PydanticCustomError("quantity", "{rule}", {"rule": rule, "fix": fix})
+
+
+Objectives = Annotated[tuple[str, ...], BeforeValidator(_objectives)]
 
 
 def _named(value: object) -> object:
@@ -160,6 +184,13 @@ class LinkTable(Table):
     date: Text = "not given"
 
 
+class FabricTable(LinkTable):
+    """`[cluster.fabric]`: what joins the nodes, and the layer over its pods where it has some."""
+
+    pod_nodes: NodeCount = 1
+    oversubscription: Annotated[float, Field(ge=1, le=1e6)] = 1.0
+
+
 class PoolTable(Table):
     """`[[cluster.pools]]`: equal nodes."""
 
@@ -167,6 +198,15 @@ class PoolTable(Table):
     gpus_per_node: NodeCount
     nodes: NodeCount = 1
     intra_node: Annotated[LinkTable, BeforeValidator(_named)]
+
+
+class FailuresTable(Table):
+    """`[cluster.failures]`: how often a job is interrupted, and what a checkpoint takes."""
+
+    per_gpu_day: Annotated[float, Field(ge=0, le=1e6)] = 0.0
+    restart: Nanoseconds = 0
+    checkpoint_rate: BytesPerS = 0.0
+    checkpoint_stall: Nanoseconds = 0
 
 
 class ClusterTable(Table):
@@ -177,8 +217,12 @@ class ClusterTable(Table):
     ranks: NodeCount = 1
     device: Literal["cpu", "cuda"] = "cpu"
     nodes: NodeCount = 1
-    fabric: Annotated[LinkTable | None, BeforeValidator(_named)] = None
+    fabric: Annotated[FabricTable | None, BeforeValidator(_named)] = None
     pools: Annotated[list[PoolTable], Field(min_length=1)] = []
+    price_per_gpu_hour: Positive = 0.0
+    power_per_gpu: SomeWatts = 0.0
+    pue: Annotated[float, Field(ge=1, le=10)] = 1.0
+    failures: FailuresTable = FailuresTable()
 
 
 class StackTable(Table):
@@ -194,8 +238,33 @@ class SearchTable(Table):
     tp: Annotated[list[NodeCount], Field(min_length=1)] = []
     pp: Annotated[list[NodeCount], Field(min_length=1)] = []
     micro_batch: Annotated[list[Count], Field(min_length=1)] = []
+    cp: Annotated[list[NodeCount], Field(min_length=1)] = []
+    ep: Annotated[list[NodeCount], Field(min_length=1)] = []
     schedule: Annotated[list[ScheduleName], Field(min_length=1)] = []
     stages_per_rank: Annotated[list[Count], Field(min_length=1)] = []
+    sequence_parallel: Annotated[list[bool], Field(min_length=1)] = []
+    sharding: Annotated[list[Sharding], Field(min_length=1)] = []
+    shard_group: Annotated[list[NodeCount], Field(min_length=1)] = []
+    recompute: Annotated[list[Recompute], Field(min_length=1)] = []
+    order: Annotated[list[AxisOrder], Field(min_length=1)] = []
+
+
+class LimitsTable(Table):
+    """`[goal.limits]`: what no choice may break, in the unit of each objective."""
+
+    step_time: SomeNanoseconds = 0
+    tokens_per_s: Positive = 0.0
+    dollars_per_mtoken: Positive = 0.0
+    joules_per_token: Positive = 0.0
+    memory_headroom: Bytes = 0
+    goodput: Positive = 0.0
+
+
+class GoalTable(Table):
+    """`[goal]`: what the search is to make best."""
+
+    optimize: Objectives = ("step_time",)
+    limits: LimitsTable = LimitsTable()
 
 
 class JobTable(Table):
@@ -209,6 +278,7 @@ class JobTable(Table):
     cluster: ClusterTable
     stack: StackTable | None = None
     search: SearchTable = SearchTable()
+    goal: GoalTable = GoalTable()
 
 
 Says = Callable[[str], str]

@@ -6,7 +6,7 @@ import tomllib
 from collections.abc import Iterable, Mapping
 from functools import cache
 from importlib import resources
-from typing import Any
+from typing import Any, NamedTuple
 
 from profiles.cluster import ClusterSpec, GpuSpec, LinkSpec, PoolSpec
 from profiles.errors import InvalidInputError, Problem
@@ -197,6 +197,23 @@ def cluster_preset(name: str, *, num_nodes: int = 1, fabric: str = "") -> Cluste
     )
     joined = fabric_preset(fabric or node["fabric"])
     return ClusterSpec(name=name, pools=(pool,), inter_node=joined if num_nodes > 1 else None)
+
+
+class Assumption(NamedTuple):
+    """What is assumed of a cluster that nobody described, and who measured it where."""
+
+    value: float
+    source: str
+    date: str
+
+
+def assumption(name: str) -> Assumption:
+    """Return what is assumed of any cluster as its `name`, in the base unit of the name.
+
+    >>> round(1 / assumption("interruptions_per_gpu_day").value)
+    2112
+    """
+    return Assumption(**_tables("clusters.toml")["assumed"][name])
 
 
 def stack_preset(name: str) -> StackSpec:

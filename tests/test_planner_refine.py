@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from layline.step import predicted_step, step_text, step_trace
-from planner.candidates import SYNTHESISED
+from planner.space import SYNTHESISED
 from planner.cost import measured_costs
 from planner.lower import memory_of, predict_order, predict_steps, simulation_of
 from planner.memory import peak_activations

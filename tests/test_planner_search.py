@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from planner.candidates import SYNTHESISED
+from planner.space import SYNTHESISED
 from planner.cost import cost_model, measured_costs
 from planner.kernels import StageShape, layer_backward, layer_forward, stage_parameters
 from planner.layout import LOCAL_SCHEDULES, Layout

@@ -65,7 +65,7 @@ def _sourced(tables: dict[str, Any]) -> list[dict[str, Any]]:
     found: list[dict[str, Any]] = []
     for file in ("models.toml", "stacks.toml"):
         found += tomllib.loads(data.joinpath(file).read_text(encoding="utf-8")).values()
-    for key in ("gpus", "links", "fabrics"):
+    for key in ("gpus", "links", "fabrics", "assumed"):
         found += tables[key].values()
     return found
 

@@ -5,19 +5,23 @@ published runs lay around such predictions.
 """
 
 import tomllib
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, cached_property
 from importlib import resources
 from typing import Any, final
 
+import numpy as np
+
+from planner.bounds import Columns, Parts
 from planner.cost import NOTHING
 from planner.interval import Band, band_of
 from planner.layout import Layout
 from planner.memory import context_bytes
 from planner.plan import ProfileReference, StageCost
-from planner.reference.program import Lanes, lanes_of
+from planner.reference.program import MATMUL, Lanes, lanes_of, stack_lanes
 from planner.reference.step import StageNs, StepModel
+from planner.reference.work import RankWork
 from planner.setup import Setup, padded
 from profiles.cluster import ClusterSpec, GpuSpec
 from profiles.errors import UnsupportedError
@@ -28,6 +32,7 @@ from profiles.presets import calibrated, gpu_presets
 from profiles.profile import Cost, DeviceFacts
 from profiles.stack import SCALARS, StackSpec
 from profiles.workload import Workload
+from simulator.checks import Int64
 
 MEASUREMENTS = ("kernels.toml", "collectives.toml")
 REAL, ALONE = range(2)
@@ -88,20 +93,74 @@ class ReferenceCosts:
         """Return what a process holds on its GPU outside of the framework's allocator."""
         return context_bytes(layout)
 
-    def balance_ns(self, layout: Layout) -> tuple[int, int, int]:
-        """Return what a micro-batch takes a layer, and the first and the last stage beside theirs.
+    def parts(self, layout: Layout) -> Parts:
+        """Return what a micro-batch takes a layer, at the ends of the model and between stages.
 
-        Read off stages of one layer and one of two, so that what a stage takes in any case counts
-        for no layer.
+        How `layout` splits its layers into stages and shards its states does not matter.
         """
-        probe = replace(
-            layout, stages_per_rank=2, stage_layers=(1, 1, 2, *[1] * (2 * layout.pp - 3))
+        step, lanes = self._step(layout), self._real
+        timed = step.work.timed(lanes)
+        weight = {name: block.weight_ns for name, block in step.blocks.items()}
+        factor = float(lanes.factor[MATMUL, 0])
+
+        def pair(name: str) -> tuple[float, float]:
+            return float(timed[name].device[0]), float(timed[name].host[0])
+
+        device, host = pair("layer_backward")
+        added = step.accumulated_layer(lanes)
+        return Parts(
+            *pair("layer_forward"),
+            device + float(added.device[0]),
+            host + float(added.host[0]),
+            factor * weight["layer_backward"],
+            *pair("embedding_forward"),
+            *pair("embedding_backward"),
+            factor * weight["embedding_backward"],
+            *pair("head_forward"),
+            *pair("head_backward"),
+            factor * weight["head_backward"],
+            message_host=float(step.messages(lanes, 1).host[0]),
+            send=float(step.send_ns(lanes)[0]) if layout.pp > 1 else 0.0,
+            step=float(lanes.step[0]),
         )
-        stages = self._step(probe).stages(self._lanes)
-        first, one, two, *_, last = (
-            round(float(stage.forward[REAL] + stage.backward[REAL])) for stage in stages
+
+    def columns(self, layouts: Sequence[Layout]) -> Columns:
+        """Return the medians of `stages` of layouts that differ in their sharding alone."""
+        table = np.empty((len(Columns._fields), len(layouts), layouts[0].num_stages), np.int64)
+        for is_gathered in (False, True):
+            rows = [
+                n for n, each in enumerate(layouts) if (each.sharding == "zero3") == is_gathered
+            ]
+            if rows:
+                table[:, rows] = self._alike([layouts[row] for row in rows])
+        return Columns(*table)
+
+    def _alike(self, layouts: Sequence[Layout]) -> Columns:
+        """Return the columns of layouts all of which gather their parameters, or none."""
+        step = self._step(layouts[0], layouts)
+        stages = step.stages(self._real)
+        shape = len(layouts), len(stages)
+
+        def column(name: str) -> Int64:
+            ns = np.array([getattr(stage, name) for stage in stages])
+            return np.broadcast_to(np.rint(ns).astype(np.int64).T, shape)
+
+        send = np.zeros(shape, np.int64)
+        if len(stages) > 1:
+            send[:] = round(float(step.send_ns(self._real)[0]))
+        other = np.full(shape, round(float(self._real.step[0])))
+        is_last = np.arange(len(stages)) == len(stages) - 1
+        return Columns(
+            forward=column("forward"),
+            backward=column("backward"),
+            weight=np.minimum(column("weight"), column("backward")),
+            send_forward=np.where(is_last, 0, send),
+            send_backward=np.where(is_last[::-1], 0, send),
+            all_reduce=column("reduction"),
+            optimizer=column("optimizer"),
+            other=other,
+            wait=np.zeros(shape, np.int64),
         )
-        return two - one, first - one, last - one
 
     def stages(self, layout: Layout) -> tuple[StageCost, ...]:
         """Return what every stage of `layout` takes; those that are alike are one object."""
@@ -138,18 +197,35 @@ class ReferenceCosts:
             tensor_parallel_backward_ns=backward,
         )
 
-    def _step(self, layout: Layout) -> StepModel:
-        """Return the step of `layout`, whose ranks hold a whole number of vocabulary rows each."""
-        model = padded(self.model, self.stack.pads_vocabulary, layout.tp)
-        return StepModel(
-            Setup(
-                model=model,
-                workload=self.workload,
-                layout=layout,
-                cluster=self.cluster,
-                stack=self.stack,
-            )
+    def _step(self, layout: Layout, layouts: Sequence[Layout] = ()) -> StepModel:
+        """Return the step of `layout`, or of `layouts` that differ in their sharding alone.
+
+        Ranks hold a whole number of vocabulary rows each.
+        """
+        setup = Setup(
+            model=padded(self.model, self.stack.pads_vocabulary, layout.tp),
+            workload=self.workload,
+            layout=layout,
+            cluster=self.cluster,
+            stack=self.stack,
         )
+        # What a rank computes does not depend on how many replicas and stages there are.
+        experts = (layout.order, layout.pp) if layout.ep > 1 else ()
+        key = (layout.tp, layout.cp, layout.ep, layout.sequence_parallel, layout.micro_batch,
+               layout.recompute, *experts)  # fmt: skip
+        if (work := self._works.get(key)) is None:
+            work = self._works[key] = RankWork(setup)
+        return StepModel(setup, work, layouts)
+
+    @cached_property
+    def _works(self) -> dict[tuple[object, ...], RankWork]:
+        """The work of ranks, by all that it depends on."""
+        return {}
+
+    @cached_property
+    def _real(self) -> Lanes:
+        """The scalars of the stack, without a second lane."""
+        return stack_lanes(self.stack)
 
     @cached_property
     def _lanes(self) -> Lanes:

@@ -1,20 +1,29 @@
 """Where the groups of a layout sit on a cluster, and what their collectives take there."""
 
+import math
 from dataclasses import dataclass
+from functools import cached_property
 
 from planner.layout import Layout
 from planner.reference.program import INTER, INTRA
+from planner.reference.spread import Mesh, Slice, fewest_together, ranks_per_leaver
 from profiles.cluster import ClusterSpec
 from profiles.collective_curves import Group, collective
 from profiles.errors import UnsupportedError
 from profiles.kernel_curves import Estimate
 
 NOTHING = Estimate(0.0)
+REPLICAS = ("cp", "dp")
+"""The axes whose ranks hold, or share, one and the same part of the model."""
 
 
 @dataclass(frozen=True, kw_only=True)
 class Places:
-    """The groups of `layout` on `cluster`; ranks are numbered as `Layout.place` reads them."""
+    """The groups of `layout` on `cluster`; ranks are numbered as `Layout.place` reads them.
+
+    A group is what its axes and their order make it: how many of its members share a node, and how
+    many such groups the uplinks of a pod, is counted for the worst node and the worst pod.
+    """
 
     layout: Layout
     cluster: ClusterSpec
@@ -25,24 +34,26 @@ class Places:
         return self.cluster.pools[0].gpus_per_node
 
     @property
-    def crosses_nodes(self) -> bool:
-        """Whether the layout needs more than one node."""
-        return self.layout.num_ranks > self.node_ranks
+    def tensor_crosses(self) -> bool:
+        """Whether a tensor-parallel group needs more than one node."""
+        return self._crosses(Slice(("tp",), self.layout.tp))
+
+    @property
+    def message_crosses(self) -> bool:
+        """Whether a message to the next stage goes to another node, in any of the pipelines."""
+        return self._crosses(Slice(("pp",), self.layout.pp))
 
     def tensor(self, kind: str, size_bytes: float) -> tuple[int, Estimate]:
-        """Return category and time of a collective among neighbours, the tensor-parallel group."""
-        return self.among(kind, self.layout.tp, 1, size_bytes)
+        """Return category and time of a collective of a tensor-parallel group."""
+        return self.among(kind, Slice(("tp",), self.layout.tp), size_bytes)
 
     def context(self, kind: str, size_bytes: float) -> tuple[int, Estimate]:
         """Return category and time of a collective of a context-parallel group, or its message."""
-        size = 2 if kind == "send_recv" else self.layout.cp
-        if kind == "send_recv" and self.layout.tp * self.layout.cp > self.node_ranks:
-            return self.among(kind, size, self.node_ranks, size_bytes)
-        return self.among(kind, size, self.layout.tp, size_bytes)
+        return self.among(kind, Slice(("cp",), self.layout.cp), size_bytes)
 
     def experts(self, kind: str, size_bytes: float) -> tuple[int, Estimate]:
         """Return category and time of a collective among the ranks that share the experts."""
-        return self.among(kind, self.layout.ep, self.layout.tp, size_bytes)
+        return self.among(kind, Slice(REPLICAS, self.layout.ep), size_bytes)
 
     def replicas(self, kind: str, size_bytes: float, copies: int = 1) -> tuple[int, Estimate]:
         """Return category and time of a collective among the ranks that share shards.
@@ -52,29 +63,51 @@ class Places:
         size = self.layout.replicas
         if self.layout.sharding != "none":
             size = self.layout.shard_ranks
-        return self.among(kind, max(1, size // copies), copies * self.layout.tp, size_bytes)
+        return self.among(kind, Slice(REPLICAS, max(1, size // copies), copies), size_bytes)
 
     def shard_groups(self, kind: str, size_bytes: float) -> tuple[int, Estimate]:
         """Return category and time of a collective between hybrid sharding's groups."""
         shards = self.layout.shard_ranks
-        return self.among(kind, self.layout.replicas // shards, shards * self.layout.tp, size_bytes)
+        group = Slice(REPLICAS, self.layout.replicas // shards, shards)
+        return self.among(kind, group, size_bytes)
 
     def message(self, size_bytes: float) -> tuple[int, Estimate]:
         """Return category and time of a message to the next stage, over the slowest hop."""
-        stride = self.node_ranks if self.crosses_nodes else 1
-        return self.among("send_recv", 2, stride, size_bytes)
+        return self.among("send_recv", Slice(("pp",), self.layout.pp), size_bytes)
 
-    def among(self, kind: str, size: int, stride: int, size_bytes: float) -> tuple[int, Estimate]:
-        """Return category and time of a collective of `size` ranks that lie `stride` apart."""
-        if size <= 1 or size_bytes <= 0:
+    def among(self, kind: str, group: Slice, size_bytes: float) -> tuple[int, Estimate]:
+        """Return category and time of a collective of `group`, or of a message to its next member.
+
+        The slowest of all groups of the kind counts, and of all messages.
+        """
+        if group.size <= 1 or size_bytes <= 0:
             return INTRA, NOTHING
-        per_node = max(1, min(size, self.node_ranks // stride))
+        crosses, uplinks = self._crosses(group), self.cluster.uplinks
         inter = self.cluster.inter_node
-        if size > per_node and inter is None:
+        if crosses and inter is None:
             raise UnsupportedError(
-                f"a group of {size} ranks does not fit in the one node of {self.node_ranks} GPUs; "
-                "name the fabric that joins the nodes"
+                f"a group of {group.size} ranks does not fit in the one node of {self.node_ranks} "
+                "GPUs; name the fabric that joins the nodes"
             )
-        group = Group(size=size, per_node=per_node)
-        time = collective(kind, group, int(size_bytes), self.cluster.pools[0].intra_node, inter)
-        return (INTER if size > per_node else INTRA), time
+        size, per_node = group.size, fewest_together(self._mesh, group, self.node_ranks)
+        if kind == "send_recv":
+            size, per_node = 2, 1 if crosses else 2
+        per_pod, oversubscription = math.inf, 1.0
+        if uplinks is not None:
+            pod_ranks = uplinks.pod_nodes * self.node_ranks
+            per_pod = ranks_per_leaver(self._mesh, group, pod_ranks)
+            oversubscription = uplinks.oversubscription
+        where = Group(size=size, per_node=per_node, per_pod=per_pod)
+        intra = self.cluster.pools[0].intra_node
+        time = collective(kind, where, int(size_bytes), intra, inter, oversubscription)
+        return (INTER if crosses else INTRA), time
+
+    @cached_property
+    def _mesh(self) -> Mesh:
+        return tuple((axis, getattr(self.layout, axis)) for axis in self.layout.order.split("-"))
+
+    def _crosses(self, group: Slice) -> bool:
+        together = group.size
+        if together > 1:
+            together = fewest_together(self._mesh, group, self.node_ranks)
+        return together < group.size

@@ -12,6 +12,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
+from planner.bounds import elapsed
 from profiles.kernel_curves import Estimate
 from profiles.stack import SCALARS, StackSpec
 from simulator.checks import Int64
@@ -24,9 +25,6 @@ MATMUL, ATTENTION, MEMORY, INTRA, INTER = CATEGORIES = range(5)
 CATEGORY_NAMES = ("matmul", "attention", "memory", "intra", "inter")
 COMPUTE, EXCHANGE = STREAMS = range(2)
 US, MS = 1e3, 1e6
-
-KNEE = 12
-"""How soft the change from host-bound to device-bound is: kernels of a layer are not alike."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -87,8 +85,7 @@ class Duration(NamedTuple):
     @property
     def elapsed(self) -> Floats:
         """Return the time of the slower of the two, which run ahead of each other."""
-        slow, fast = np.maximum(self.device, self.host), np.minimum(self.device, self.host)
-        return slow * (1 + (fast / np.maximum(slow, 1.0)) ** KNEE) ** (1 / KNEE)
+        return elapsed(self.device, self.host)
 
 
 @dataclass

@@ -1,20 +1,32 @@
 """One optimizer step: stages of layers, the pipeline over them, and what data parallelism adds."""
 
 import math
+from collections.abc import Callable, Sequence
 from functools import lru_cache
 from typing import NamedTuple, final
 
 import numpy as np
+import numpy.typing as npt
 
 from planner.layout import Layout
 from planner.reference.places import Places
-from planner.reference.program import COMPUTE, EXCHANGE, MATMUL, MEMORY, Duration, Floats, Lanes
+from planner.reference.program import (
+    COMPUTE,
+    EXCHANGE,
+    INTRA,
+    MATMUL,
+    MEMORY,
+    Duration,
+    Floats,
+    Lanes,
+)
 from planner.reference.work import RankWork
 from planner.schedules import SCHEDULES
 from planner.setup import Setup
-from profiles.kernel_curves import memory_pass
+from profiles.kernel_curves import Estimate, memory_pass
 from simulator.checks import Int64
 from simulator.engine import step_ns
+from simulator.graph import Int32
 from simulator.schedule import Schedule
 from simulator.step import StepTimes, step_times
 from simulator.streams import walk_streams
@@ -42,18 +54,27 @@ class StageNs(NamedTuple):
 
 @final
 class StepModel:
-    """The step of one setup, for the scalars of many candidates side by side."""
+    """The step of one setup, for L candidates side by side.
 
-    def __init__(self, setup: Setup) -> None:
+    They differ in the scalars of the stack, or they are `layouts` that differ in their sharding
+    alone, all of them under zero3 or none.
+    """
+
+    def __init__(
+        self, setup: Setup, work: RankWork | None = None, layouts: Sequence[Layout] = ()
+    ) -> None:
+        """Make the model of `setup`; `work` is that of a setup whose ranks have the same work."""
         self.model, self.workload, self.layout = setup.model, setup.workload, setup.layout
-        self.stack, inter = setup.stack, setup.cluster.inter_node
-        self.work = RankWork(setup)
-        self.places: Places = self.work.places
-        self.blocks = self.work.blocks()
+        self.stack = setup.stack
+        self.work = work or RankWork(setup)
+        self.places = Places(layout=setup.layout, cluster=setup.cluster)
+        self._places = [
+            Places(layout=layout, cluster=setup.cluster) for layout in layouts or (setup.layout,)
+        ]
+        self.blocks = self.work.blocks
         self.stored = self.work.element
         self.gradient_bytes = self.stack.gradient_bytes or self.stored
         self.reduction_bytes = self.stack.reduction_bytes or self.stored
-        self.uses_host = inter is not None and inter.uses_host
 
     def step_ns(self, lanes: Lanes) -> Floats:
         """Return the time of the step, float64 [L]."""
@@ -71,7 +92,8 @@ class StepModel:
     @property
     def is_extrapolated(self) -> bool:
         """Whether much of a layer's time rests on curves of other GPUs or other sizes."""
-        layer = self.blocks["layer_forward"], self.blocks["layer_backward"]
+        again = "layer_again" if "layer_again" in self.blocks else "layer_backward"
+        layer = self.blocks["layer_forward"], self.blocks[again]
         whole = sum(float(block.ns.sum()) for block in layer)
         return sum(block.unsure_ns for block in layer) > UNSURE * whole
 
@@ -101,35 +123,26 @@ class StepModel:
     def stages(self, lanes: Lanes) -> tuple[StageNs, ...]:
         """Return what each stage takes; stages that are alike are timed once."""
         layout = self.layout
-        call_ns = self._tensor_call_ns(lanes)
-        parts = {name: block.timed(lanes, call_ns) for name, block in self.blocks.items()}
+        parts = self.work.timed(lanes)
         last = layout.num_stages - 1
-        alike: dict[tuple[int, bool, bool], StageNs] = {}
+        alike: dict[tuple[int, int, bool, bool], StageNs] = {}
         found = []
         for stage, num_layers in enumerate(layout.stage_layers):
-            key = (num_layers, stage == 0, stage == last)
+            key = (num_layers, layout.recomputed(stage), stage == 0, stage == last)
             if key not in alike:
                 alike[key] = self._stage(parts, lanes, *key)
             found.append(alike[key])
         return tuple(found)
 
-    def _tensor_call_ns(self, lanes: Lanes) -> Floats:
-        """Return what a tensor-parallel collective costs the host, beside its launch.
-
-        It grows with the members where they are not in one node; and where the host's cores also
-        move the bytes of the network, every collective of the job waits for them.
-        """
-        tp = self.layout.tp
-        each = lanes.crossing * self.uses_host + lanes.spanning * (tp > self.places.node_ranks)
-        return np.asarray(tp * each)
-
     def _stage(
-        self, parts: dict[str, Duration], lanes: Lanes, num_layers: int, is_first: bool,
-        is_last: bool,
+        self, parts: dict[str, Duration], lanes: Lanes, num_layers: int, num_again: int,
+        is_first: bool, is_last: bool,
     ) -> StageNs:  # fmt: skip
-        """Return what a stage of `num_layers` takes."""
+        """Return what a stage of `num_layers` takes, `num_again` of which recompute."""
         forward = parts["layer_forward"].times(num_layers)
-        backward = parts["layer_backward"].times(num_layers)
+        backward = parts["layer_backward"].times(num_layers - num_again)
+        if num_again:
+            backward += parts["layer_again"].times(num_again)
         weight_ns = num_layers * self.blocks["layer_backward"].weight_ns
         for edge, is_here in (("embedding", is_first), ("head", is_last)):
             if is_here:
@@ -139,8 +152,8 @@ class StepModel:
         parameters = self.parameters(num_layers, is_first, is_last)
         backward += self._accumulation(parameters, num_layers, lanes)
         if self.layout.num_stages > 1:
-            forward += self._messages(lanes, 2 - is_first - is_last)
-            backward += self._messages(lanes, 2 - is_first - is_last)
+            forward += self.messages(lanes, 2 - is_first - is_last)
+            backward += self.messages(lanes, 2 - is_first - is_last)
         if self.layout.sharding == "zero3":
             forward_ns, backward_ns, reduction = self._fully_sharded(
                 parameters, num_layers, forward, backward, lanes
@@ -148,12 +161,11 @@ class StepModel:
         else:
             forward_ns, backward_ns = forward.elapsed, backward.elapsed
             reduction = self._reduction(parameters, num_layers, forward_ns, backward_ns, lanes)
+        optimizer = self._optimizer(parameters, self._experts(num_layers), lanes)
         return StageNs(
-            forward=forward_ns,
-            backward=backward_ns,
-            weight=weight_ns * lanes.factor[MATMUL],
-            reduction=reduction,
-            optimizer=self._optimizer(parameters, self._experts(num_layers), lanes),
+            *np.broadcast_arrays(
+                forward_ns, backward_ns, weight_ns * lanes.factor[MATMUL], reduction, optimizer
+            )
         )
 
     def parameters(self, num_layers: int, is_first: bool, is_last: bool) -> int:
@@ -178,9 +190,9 @@ class StepModel:
         """Parameters of one MLP, or of one expert, on one rank."""
         return self.work.h * (self.work.fan_in + self.work.f)
 
-    def _messages(self, lanes: Lanes, count: int) -> Duration:
+    def messages(self, lanes: Lanes, count: int) -> Duration:
         """Return the host's share of `count` messages; inside a node it is a few launches."""
-        host = lanes.message if self.places.crosses_nodes else np.minimum(lanes.message, 1e5)
+        host = lanes.message if self.places.message_crosses else np.minimum(lanes.message, 1e5)
         return Duration(np.zeros(lanes.num_lanes), count * host)
 
     def _accumulation(self, parameters: int, num_layers: int, lanes: Lanes) -> Duration:
@@ -196,6 +208,14 @@ class StepModel:
         time = self._pass_ns(each * parameters, lanes)
         return Duration(time, (8 * num_layers if is_apart else 0) * lanes.launch)
 
+    def accumulated_layer(self, lanes: Lanes) -> Duration:
+        """Return what a layer more in a stage adds to its accumulation."""
+        one, two = (
+            self._accumulation(self.parameters(count, False, False), count, lanes)
+            for count in (1, 2)
+        )
+        return Duration(two.device - one.device, two.host - one.host)
+
     def _fully_sharded(
         self, parameters: int, num_layers: int, forward: Duration, backward: Duration, lanes: Lanes
     ) -> tuple[Floats, Floats, Floats]:
@@ -205,12 +225,10 @@ class StepModel:
         is scattered when it is there.
         """
         units = num_layers + 1
-        category, time = self.places.replicas("all_gather", parameters * self.stored / units)
-        gather = time.ns * lanes.factor[category]
-        category, time = self.places.replicas(
-            "reduce_scatter", parameters * self.reduction_bytes / units
-        )
-        scatter = time.ns * lanes.factor[category]
+        stored = parameters * self.stored / units
+        gather = self._traffic(lanes, lambda at: at.replicas("all_gather", stored))
+        reduced = parameters * self.reduction_bytes / units
+        scatter = self._traffic(lanes, lambda at: at.replicas("reduce_scatter", reduced))
         calls = num_layers * lanes.launch
         forward += Duration(np.zeros_like(gather), GATHER_CALLS * calls)
         backward += Duration(np.zeros_like(gather), REDUCE_CALLS * calls)
@@ -218,13 +236,10 @@ class StepModel:
         backward_ns = _prefetched(backward.elapsed / units, gather, scatter, units)
         hidden_f = np.minimum(forward.elapsed, units * gather)
         hidden_b = np.minimum(backward.elapsed, units * (gather + scatter))
-        category, between = self.places.shard_groups(
-            "all_reduce", parameters / self.layout.shard_ranks * self.reduction_bytes
-        )
         return (
             forward_ns + lanes.exposed * hidden_f,
             backward_ns + lanes.exposed * hidden_b,
-            between.ns * lanes.factor[category],
+            self._between(parameters, lanes),
         )
 
     def _reduction(
@@ -232,36 +247,58 @@ class StepModel:
         lanes: Lanes,
     ) -> Floats:  # fmt: skip
         """Return what is left of the data-parallel traffic of a step, gradients and parameters."""
-        layout, stack = self.layout, self.stack
-        is_sharded = layout.sharding != "none"
-        experts = self._experts(num_layers)
+        stack, experts = self.stack, self._experts(num_layers)
 
-        def exchange(kind: str, bytes_each: int) -> Floats:
+        def exchange(kind: str | None, bytes_each: int) -> Floats:
             shared = self._in_buckets(kind, (parameters - experts) * bytes_each, 1, lanes)
-            return shared + self._in_buckets(kind, experts * bytes_each, layout.ep, lanes)
+            return shared + self._in_buckets(kind, experts * bytes_each, self.layout.ep, lanes)
 
-        kind = "reduce_scatter" if is_sharded else "all_reduce"
-        left = _left(
-            exchange(kind, self.reduction_bytes), backward_ns, num_layers,
-            stack.overlaps_gradients, lanes.exposed,
-        )  # fmt: skip
-        if is_sharded:
-            left = left + _left(
-                exchange("all_gather", self.stored), forward_ns, num_layers,
-                stack.overlaps_parameters, lanes.exposed,
-            )  # fmt: skip
-            if layout.shard_ranks < layout.replicas:
-                category, time = self.places.shard_groups(
-                    "all_reduce", parameters / layout.shard_ranks * self.reduction_bytes
-                )
-                left = left + time.ns * lanes.factor[category]
-        return left
+        reduced = exchange(None, self.reduction_bytes)
+        left = _left(reduced, backward_ns, num_layers, stack.overlaps_gradients, lanes.exposed)
+        if all(at.layout.sharding == "none" for at in self._places):
+            return left
+        gathered = exchange("all_gather", self.stored)
+        return (
+            left
+            + _left(gathered, forward_ns, num_layers, stack.overlaps_parameters, lanes.exposed)
+            + self._between(parameters, lanes)
+        )
 
-    def _in_buckets(self, kind: str, size_bytes: float, copies: int, lanes: Lanes) -> Floats:
-        """Return a collective among the replicas, bucket after bucket; see `Places.replicas`."""
+    def _between(self, parameters: int, lanes: Lanes) -> Floats:
+        """Return the reduction of shards between the groups of hybrid sharding."""
+
+        def reduced(at: Places) -> tuple[int, Estimate]:
+            if at.layout.shard_ranks in (1, at.layout.replicas):
+                return INTRA, Estimate(0.0)
+            share = parameters / at.layout.shard_ranks
+            return at.shard_groups("all_reduce", share * self.reduction_bytes)
+
+        return self._traffic(lanes, reduced)
+
+    def _traffic(self, lanes: Lanes, time: Callable[[Places], tuple[int, Estimate]]) -> Floats:
+        """Return what a collective takes, [L], that is `time` of a layout alone, and its tier."""
+        found = [time(places) for places in self._places]
+        ns = np.array([estimate.ns for _, estimate in found])
+        tiers = [tier for tier, _ in found]
+        # Either there is one layout or one lane.
+        return np.asarray((ns[:, None] * lanes.factor[tiers]).ravel())
+
+    def _in_buckets(self, kind: str | None, size_bytes: float, copies: int, lanes: Lanes) -> Floats:
+        """Return a collective among the replicas, bucket after bucket; see `Places.replicas`.
+
+        Without a `kind` it is the reduction of gradients, whole or scattered; what is not sharded
+        is not gathered.
+        """
         count = max(1, math.ceil(size_bytes / self.stack.gradient_bucket_bytes))
-        category, time = self.places.replicas(kind, size_bytes / count, copies)
-        return np.asarray(count * time.ns * lanes.factor[category])
+
+        def bucket(at: Places) -> tuple[int, Estimate]:
+            is_sharded = at.layout.sharding != "none"
+            if kind is not None and not is_sharded:
+                return INTRA, Estimate(0.0)
+            reduction = "reduce_scatter" if is_sharded else "all_reduce"
+            return at.replicas(kind or reduction, size_bytes / count, copies)
+
+        return count * self._traffic(lanes, bucket)
 
     def _optimizer(self, parameters: int, experts: int, lanes: Lanes) -> Floats:
         """Return clipping, AdamW and zeroing: what each must read and write of its owner's share.
@@ -269,15 +306,18 @@ class StepModel:
         AdamW reads the gradient, reads and writes the master copy and two moments, and writes the
         parameter; the norm reads the gradients, and zeroing writes those that are kept whole.
         """
-        stack, layout = self.stack, self.layout
-        owned = (parameters - experts) / layout.shard_ranks
-        owned += experts / max(1, layout.shard_ranks // layout.ep)
+        stack, ep = self.stack, self.layout.ep
+        shards = np.array([at.layout.shard_ranks for at in self._places])
+        is_whole = np.array([at.layout.sharding in ("none", "zero1") for at in self._places])
+        owned = (parameters - experts) / shards + experts / np.maximum(1, shards // ep)
         moments = stack.moment_bytes or 2 * self.stored
         update = 2 * self.gradient_bytes + 2 * (stack.master_bytes or self.stored) + 2 * moments
         update += self.gradient_bytes + (self.stored if stack.master_bytes else 0)
-        whole = parameters if layout.sharding in ("none", "zero1") else owned
-        size_bytes = owned * update + whole * 2 * self.gradient_bytes
-        return np.asarray(self._pass_ns(size_bytes, lanes) + OPTIMIZER_CALLS * lanes.launch)
+        size_bytes = owned * update + np.where(is_whole, parameters, owned) * (
+            2 * self.gradient_bytes
+        )
+        passes = [memory_pass(self.work.gpu, int(each)).ns for each in size_bytes]
+        return np.asarray(passes * lanes.factor[MEMORY] + OPTIMIZER_CALLS * lanes.launch)
 
     def _pass_ns(self, size_bytes: float, lanes: Lanes) -> Floats:
         return np.asarray(memory_pass(self.work.gpu, int(size_bytes)).ns * lanes.factor[MEMORY])
@@ -298,29 +338,59 @@ def _whole(ns: Floats) -> Int64:
     return np.rint(ns).astype(np.int64)
 
 
-def _prefetched(unit: Floats, gather: Floats, scatter: Floats | None, units: int) -> Floats:
-    """Return `units` equal computations, each gathered while the one before it runs.
+class _Program(NamedTuple):
+    """A program of `walk_streams`; `which` [N] says whose time each op takes."""
 
-    The exchange stream gathers unit u + 1 when unit u starts, and scatters u behind it.
+    stream: Int32
+    after: Int32
+    which: npt.NDArray[np.intp]
+
+    def walked(self, *times: Floats) -> Floats:
+        """Return when the program ends, [L], of ops that take `times`, [L] each."""
+        ns = _whole(np.stack(np.broadcast_arrays(*times)))
+        ends = walk_streams(self.stream, self.after, ns[self.which], 2)
+        return np.asarray(ends.max(axis=0), np.float64)
+
+
+def _program(ops: Sequence[tuple[int, int, int]]) -> _Program:
+    """Return the program of `ops`: the stream, what it comes after and whose time it takes."""
+    stream, after, which = np.array(ops, np.int32).T
+    return _Program(np.ascontiguousarray(stream), np.ascontiguousarray(after), which.astype(int))
+
+
+@lru_cache(maxsize=1024)
+def _prefetch(units: int, *, scatters: bool) -> _Program:
+    """Return `units` computations (0), each gathered (1) while the one before it runs.
+
+    The exchange stream gathers unit u + 1 when unit u starts, and scatters (2) u behind it.
     """
-    stream, after, ns = [EXCHANGE], [-1], [gather]
+    ops = [(EXCHANGE, -1, 1)]
     gathered, computed = 0, -1
     for number in range(units):
         compute_after, before = gathered, computed
         if number + 1 < units:
-            stream.append(EXCHANGE)
-            after.append(before)
-            ns.append(gather)
-            gathered = len(ns) - 1
-        stream.append(COMPUTE)
-        after.append(compute_after)
-        ns.append(unit)
-        computed = len(ns) - 1
-        if scatter is not None:
-            stream.append(EXCHANGE)
-            after.append(computed)
-            ns.append(scatter)
-    return _walked(stream, after, ns)
+            gathered = len(ops)
+            ops.append((EXCHANGE, before, 1))
+        computed = len(ops)
+        ops.append((COMPUTE, compute_after, 0))
+        if scatters:
+            ops.append((EXCHANGE, computed, 2))
+    return _program(ops)
+
+
+def _prefetched(unit: Floats, gather: Floats, scatter: Floats | None, units: int) -> Floats:
+    """Return `units` equal computations, each gathered while the one before it runs."""
+    if scatter is None:
+        return _prefetch(units, scatters=False).walked(unit, gather)
+    return _prefetch(units, scatters=True).walked(unit, gather, scatter)
+
+
+@lru_cache(maxsize=1024)
+def _overlap(units: int) -> _Program:
+    """Return `units` computations (0), behind each of which an exchange (1) starts."""
+    return _program(
+        [op for unit in range(units) for op in ((COMPUTE, -1, 0), (EXCHANGE, 2 * unit, 1))]
+    )
 
 
 def _left(exchange: Floats, compute: Floats, units: int, overlaps: bool, exposed: Floats) -> Floats:
@@ -330,16 +400,5 @@ def _left(exchange: Floats, compute: Floats, units: int, overlaps: bool, exposed
     """
     if not overlaps or units == 0:
         return exchange
-    stream, after, ns = list[int](), list[int](), list[Floats]()
-    for _ in range(units):
-        stream += [COMPUTE, EXCHANGE]
-        after += [-1, len(ns)]
-        ns += [compute / units, exchange / units]
-    return np.asarray(np.maximum(_walked(stream, after, ns) - compute, exposed * exchange))
-
-
-def _walked(stream: list[int], after: list[int], ns: list[Floats]) -> Floats:
-    ends = walk_streams(
-        np.array(stream, np.int32), np.array(after, np.int32), _whole(np.stack(ns)), 2
-    )
-    return np.asarray(ends.max(axis=0), np.float64)
+    end = _overlap(units).walked(compute / units, exchange / units)
+    return np.asarray(np.maximum(end - compute, exposed * exchange))

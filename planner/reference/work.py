@@ -6,11 +6,23 @@ sequence parallelism a rank holds m / tp tokens between the tensor-parallel bloc
 """
 
 from collections.abc import Callable, Iterator
+from functools import cached_property
 from typing import final
+
+import numpy as np
 
 from planner.reference.passes import CAST_BYTES, LAYER_CALLS, PASSES, RECOMPUTE_CALLS
 from planner.reference.places import Places
-from planner.reference.program import ATTENTION, MATMUL, MEMORY, Block, Program
+from planner.reference.program import (
+    ATTENTION,
+    MATMUL,
+    MEMORY,
+    Block,
+    Duration,
+    Floats,
+    Lanes,
+    Program,
+)
 from planner.setup import Setup
 from profiles.kernel_curves import Estimate, attention, matmul, memory_pass
 from profiles.workload import DTYPE_BYTES
@@ -43,14 +55,41 @@ class RankWork:
         self.f = model.ffn // tp
         self.v = -(-model.vocab // tp)
         self.fan_in = (2 if model.mlp == "swiglu" else 1) * self.f
+        self._timed: tuple[Lanes, dict[str, Duration]] | None = None
 
+    @cached_property
     def blocks(self) -> dict[str, Block]:
-        """Return the programs: `layer`, `embedding` and `head`, each `_forward` and `_backward`."""
-        return {
+        """The programs: `layer`, `embedding` and `head`, each `_forward` and `_backward`.
+
+        `layer_again` is the backward of a layer in which something is recomputed.
+        """
+        found = {
             f"{part}_{direction}": self._block(getattr(self, f"_{part}_{direction}"))
             for part in ("layer", "embedding", "head")
             for direction in ("forward", "backward")
         }
+        if self.layout.recompute != "none":
+            found["layer_again"] = self._block(self._layer_again)
+        return found
+
+    def timed(self, lanes: Lanes) -> dict[str, Duration]:
+        """Return what the programs take; the last answer is kept, for layouts that share it."""
+        if self._timed is None or self._timed[0] is not lanes:
+            call_ns = self._tensor_call_ns(lanes)
+            parts = {name: block.timed(lanes, call_ns) for name, block in self.blocks.items()}
+            self._timed = lanes, parts
+        return self._timed[1]
+
+    def _tensor_call_ns(self, lanes: Lanes) -> Floats:
+        """Return what a tensor-parallel collective costs the host, beside its launch.
+
+        It grows with the members where they are not in one node; and where the host's cores also
+        move the bytes of the network, every collective of the job waits for them.
+        """
+        tp, inter = self.layout.tp, self.places.cluster.inter_node
+        uses_host = inter is not None and inter.uses_host
+        each = lanes.crossing * uses_host + lanes.spanning * self.places.tensor_crosses
+        return np.asarray(tp * each)
 
     def _block(self, write: Callable[[Program], None]) -> Block:
         program = Program()
@@ -75,12 +114,15 @@ class RankWork:
         self._mlp_forward(program)
         self._pass(program, "residual", "forward", self.between * self.h)
 
-    def _layer_backward(self, program: Program) -> None:
+    def _layer_again(self, program: Program) -> None:
         if self.layout.recompute == "full":
             program.calls += RECOMPUTE_CALLS
             self._layer_forward(program)
-        elif self.layout.recompute == "selective":
+        else:
             self._selected_again(program)
+        self._layer_backward(program)
+
+    def _layer_backward(self, program: Program) -> None:
         program.calls += LAYER_CALLS[self.stack.fusion]
         self._pass(program, "residual", "backward", self.between * self.h)
         self._mlp_backward(program)

@@ -4,6 +4,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
+from planner.partition import Homes
 from planner.schedules.flush import gpipe, one_f_one_b
 from planner.schedules.looped import breadth_first, interleaved
 from planner.schedules.v_shape import dual_pipe_v, zb_v
@@ -19,13 +20,16 @@ class Family:
 
     `builder(num_ranks, stages_per_rank, num_microbatches)` returns it. `stages_per_rank` is 1, 2,
     or 0 where any number from 2 on will do. `repeats_by` is what its steady part repeats by: a
-    micro-batch, a group of as many as there are ranks, or nothing.
+    micro-batch, a group of as many as there are ranks, or nothing. `homes` says on which ranks the
+    stages live, and `splits` whether some backwards are done in halves.
     """
 
     name: str
     builder: Callable[[int, int, int], Schedule]
     stages_per_rank: int
     repeats_by: Repeats
+    homes: Homes = "loop"
+    splits: bool = False
 
     def build(
         self, num_ranks: int, num_microbatches: int, stages_per_rank: int | None = None
@@ -64,14 +68,17 @@ class Family:
 
 
 def _fixed(
-    name: str, builder: Callable[[int, int], Schedule], stages_per_rank: int, repeats_by: Repeats
-) -> Family:
+    name: str, builder: Callable[[int, int], Schedule], stages_per_rank: int, repeats_by: Repeats,
+    homes: Homes = "loop", *, splits: bool = False,
+) -> Family:  # fmt: skip
     """Return the row of a schedule that has so many stages a rank and no other number."""
     return Family(
         name=name,
         builder=lambda num_ranks, _, num_microbatches: builder(num_ranks, num_microbatches),
         stages_per_rank=stages_per_rank,
         repeats_by=repeats_by,
+        homes=homes,
+        splits=splits,
     )
 
 
@@ -80,10 +87,10 @@ _FAMILIES = (
     _fixed("1f1b", one_f_one_b, 1, "microbatch"),
     Family(name="interleaved", builder=interleaved, stages_per_rank=0, repeats_by="group"),
     Family(name="breadth_first", builder=breadth_first, stages_per_rank=0, repeats_by="nothing"),
-    _fixed("zb_h1", zb_h1, 1, "microbatch"),
-    _fixed("zb_h2", zb_h2, 1, "microbatch"),
-    _fixed("zb_v", zb_v, 2, "microbatch"),
-    _fixed("dual_pipe_v", dual_pipe_v, 2, "microbatch"),
+    _fixed("zb_h1", zb_h1, 1, "microbatch", splits=True),
+    _fixed("zb_h2", zb_h2, 1, "microbatch", splits=True),
+    _fixed("zb_v", zb_v, 2, "microbatch", "v", splits=True),
+    _fixed("dual_pipe_v", dual_pipe_v, 2, "microbatch", "v", splits=True),
 )
 SCHEDULES = {family.name: family for family in _FAMILIES}
 """Every named schedule."""

@@ -1,0 +1,148 @@
+"""The frontier: every start of the space with a lower bound of its step, best first."""
+
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from typing import NamedTuple
+
+import numpy as np
+
+from planner.bounds import Parts, pipelines, ranks_ns
+from planner.evaluate import Basis
+from planner.memory import least_memory
+from planner.partition import dealt_stages, homes_of
+from planner.plan import Rejection
+from planner.space import Pipeline, Space, Start
+from profiles.quantity import format_quantity
+
+MAX_EXAMPLES = 200
+"""Rejections that are told in words; all are counted."""
+
+
+@dataclass
+class Tally:
+    """What became of the layouts: rejected by a rule, bounded away, timed or still open."""
+
+    rejected: Counter[str] = field(default_factory=Counter)
+    examples: list[Rejection] = field(default_factory=list)
+    num_bounded: int = 0
+    num_timed: int = 0
+
+    def reject(self, rejection: Rejection, count: int = 1) -> None:
+        """Count `count` layouts that are no choice, for the reason of `rejection`."""
+        self.rejected[rejection.rule] += count
+        if len(self.examples) < MAX_EXAMPLES:
+            self.examples.append(rejection)
+
+
+class Bounded(NamedTuple):
+    """A start with the layers of its stages; what each layout of it takes at least."""
+
+    bound_ns: float
+    least_bytes: int
+    start: Start
+    stage_layers: tuple[int, ...]
+    num_layouts: int
+
+
+class _Row(NamedTuple):
+    """A start on its way to a bound."""
+
+    start: Start
+    parts: Parts
+    least_bytes: int
+    num_layouts: int
+
+
+def frontier(space: Space, basis: Basis, tally: Tally) -> list[Bounded]:
+    """Return every start whose ranks can hold it at all, the one with the lowest bound first.
+
+    The stages of all starts of a shape are dealt, timed and bounded side by side.
+    """
+    alike: dict[tuple[int, Pipeline], list[_Row]] = {}
+    parts: dict[tuple[object, ...], Parts] = {}
+    for start, least_bytes, num_layouts in _possible(space, basis, tally):
+        key = start.work
+        if key not in parts:
+            parts[key] = basis.costs.parts(start.layout())
+        row = _Row(start, parts[key], least_bytes, num_layouts)
+        alike.setdefault((start.degrees.pp, start.pipeline), []).append(row)
+    found: list[Bounded] = []
+    for (pp, pipeline), rows in alike.items():
+        found += _bounded(basis, pp, pipeline, rows)
+    return sorted(found, key=lambda each: (each.bound_ns, str(each.start), each.start.order))
+
+
+def _possible(space: Space, basis: Basis, tally: Tally) -> Iterator[tuple[Start, int, int]]:
+    """Yield the legal starts whose ranks can hold them: the least bytes, and how many layouts."""
+    known: dict[tuple[object, ...], int] = {}
+    for degrees in space.degrees():
+        if rejection := space.rejection(degrees):
+            tally.reject(rejection, space.num_layouts(degrees))
+            continue
+        shardings = len(space.shardings(degrees)) * len(space.recomputations)
+        if not shardings:
+            tally.reject(space.no_sharding(degrees))
+            continue
+        pipelines_of, refused = space.pipelines(degrees)
+        _reject(tally, refused)
+        for pipeline in pipelines_of:
+            starts, refused = space.starts(degrees, pipeline)
+            num_layouts = shardings * len(pipeline.schedules)
+            _reject(tally, refused, num_layouts)
+            for start in starts:
+                need_bytes = _least_bytes(basis, space, start, known)
+                if need_bytes > basis.limit_bytes:
+                    tally.reject(_too_large(start, need_bytes, basis.limit_bytes), num_layouts)
+                else:
+                    yield start, need_bytes, num_layouts
+
+
+def _reject(tally: Tally, rejections: Iterable[Rejection], count: int = 1) -> None:
+    for rejection in rejections:
+        tally.reject(rejection, count)
+
+
+def _too_large(start: Start, need_bytes: int, limit_bytes: int) -> Rejection:
+    need, have = (format_quantity(n, "bytes") for n in (need_bytes, limit_bytes))
+    return Rejection(
+        layout=str(start),
+        rule="memory",
+        reason=f"needs {need} a rank at least, however it is sharded; has {have}",
+    )
+
+
+def _bounded(basis: Basis, pp: int, pipeline: Pipeline, rows: Sequence[_Row]) -> Iterator[Bounded]:
+    """Yield the starts of one pipeline with their stages and bounds."""
+    parts = np.array([row.parts for row in rows])
+    of = dict(zip(Parts._fields, parts.T, strict=True))
+    homes = homes_of(pp, pipeline.stages_per_rank, pipeline.homes)
+    layers = dealt_stages(
+        basis.costs.model.num_layers,
+        homes,
+        of["layer_forward"] + of["layer_backward"],
+        of["first_forward"] + of["first_backward"],
+        of["last_forward"] + of["last_backward"],
+    )
+    m = np.array([row.start.num_microbatches for row in rows])
+    ends = ranks_ns(homes, pipelines(parts, layers), m, splits=pipeline.splits)
+    # One ns for each rounding of a stage's times.
+    bounds = ends.max(axis=1) + of["step"] - 4 * len(homes) * m
+    for row, bound, stages in zip(rows, bounds.tolist(), layers.tolist(), strict=True):
+        yield Bounded(bound, row.least_bytes, row.start, tuple(stages), row.num_layouts)
+
+
+def _least_bytes(
+    basis: Basis, space: Space, start: Start, known: dict[tuple[object, ...], int]
+) -> int:
+    """Return what the fullest rank of a start holds at least, sharded and recomputed at will."""
+    key = (start.degrees, start.micro_batch, start.sequence_parallel,
+           start.pipeline.stages_per_rank)  # fmt: skip
+    if key not in known:
+        kinds, shardings = space.recomputations, space.shardings(start.degrees)
+        layout = replace(start.layout(), sharding=shardings[-1][0])
+        known[key] = least_memory(
+            basis.costs.model, basis.costs.workload, layout, kinds, basis.costs.stack,
+            basis.costs.context_bytes(layout),
+        )  # fmt: skip
+    return known[key]
