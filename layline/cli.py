@@ -14,6 +14,7 @@ from layline import __version__
 from layline.exits import CleanGroup
 
 if TYPE_CHECKING:
+    from layline.farm import Farm
     from layline.walk import Device
     from profiles.profile import Profile
 
@@ -136,6 +137,12 @@ def _measured(
               help="Layouts to list.")  # fmt: skip
 @click.option("--seed", type=click.IntRange(0), help="Override the job's seed.")
 @overrides
+@click.option("--sweep", "sweeps", multiple=True, metavar="PATH=V1,V2,..",
+              help="Plan for each of these values; several axes give their product.")  # fmt: skip
+@click.option("--jobs", type=click.IntRange(1, 1024),
+              help="With --sweep: cases at a time; one a core by default.")  # fmt: skip
+@click.option("--farm", metavar="NAME",
+              help="With --sweep: processes, dask, dask=ADDRESS, ray or ray=ADDRESS.")  # fmt: skip
 @as_json
 def plan(
     job: Path,
@@ -143,15 +150,29 @@ def plan(
     top: int,
     seed: int | None,
     overrides: tuple[str, ...],
+    sweeps: tuple[str, ...],
+    jobs: int | None,
+    farm: str | None,
     as_json: bool,
 ) -> None:
-    """Search the layouts of JOB.toml; print the ranking and why others were rejected."""
+    """Search the layouts of JOB.toml; print the ranking and why others were rejected.
+
+    With --sweep, print the best plan of each case; -o is then a folder for the plans.
+    """
+    from layline.farm import farm_named
     from layline.show import plan_text, progress_bar
     from layline.walk import plan_job
     from planner.plan import save_plan
 
-    _spare([job], output)
     seeded = overrides if seed is None else (*overrides, f"seed={seed}")
+    if sweeps:
+        if _is_given("top"):
+            raise click.UsageError("--top lists the layouts of one job; leave it out with --sweep")
+        _sweep(job, sweeps, seeded, farm_named(farm or "", jobs or 0), output, as_json)
+        return
+    if jobs or farm:
+        raise click.UsageError("--jobs and --farm are for the cases of --sweep")
+    _spare([job], output)
     with progress_bar("plan") as progress:
         best = plan_job(job, seeded, progress)
     if output is not None:
@@ -159,6 +180,39 @@ def plan(
     _print(best, plan_text(best, top), as_json)
     if output is not None:
         click.echo(f"wrote {output}", err=as_json)
+
+
+def _sweep(
+    job: Path,
+    axes: Sequence[str],
+    overrides: Sequence[str],
+    farm: "Farm",
+    folder: Path | None,
+    as_json: bool,
+) -> None:
+    """Plan the cases of a sweep; print the table of them, and leave with the code for it."""
+    from layline.show import progress_bar
+    from layline.sweep import exit_code, sweep, sweep_text
+    from planner.search import Effort
+    from planner.sweep import parse_axis
+
+    with progress_bar("plan") as progress:
+        found = sweep(
+            job,
+            [parse_axis(axis) for axis in axes],
+            farm,
+            Effort(),
+            overrides=overrides,
+            folder=folder,
+            progress=progress,
+        )
+    _print(found.as_json(), sweep_text(found), as_json)
+    if folder is not None and found.num_planned:
+        click.echo(f"wrote {found.num_planned} plans into {folder}", err=as_json)
+    if found.is_interrupted:
+        raise KeyboardInterrupt(f"{found.num_planned} of {len(found.rows)} cases have a plan")
+    if code := exit_code(found):
+        raise SystemExit(code)
 
 
 @main.command()
@@ -352,6 +406,12 @@ def _show_profiles(files: Sequence[Path], output: Path | None, as_json: bool) ->
     _print(value, text, as_json)
     if output is not None:
         click.echo(f"wrote {output}", err=as_json)
+
+
+def _is_given(name: str) -> bool:
+    """Return whether an option of the command that runs was given by the user."""
+    source = click.get_current_context().get_parameter_source(name)
+    return source is not click.core.ParameterSource.DEFAULT
 
 
 def _spare(inputs: Sequence[Path], output: Path | None) -> None:

@@ -5,6 +5,7 @@ line is a thin layer over this module, and a program can call it as well.
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -15,7 +16,7 @@ from planner.lower import simulate_plan
 from planner.plan import Plan, StalePlanError, load_plan
 from planner.record import StepRecord, load_run
 from planner.reference.costs import reference_costs
-from planner.search import make_plan, search
+from planner.search import Effort, make_plan, search
 from profiles.errors import InvalidInputError, UnsupportedError
 from profiles.files import canonical_json, digest, write_text
 from profiles.job import Job, read_job
@@ -26,6 +27,14 @@ from profiles.store import load_profile, make_room, stored_profile, stored_profi
 Device = Literal["auto", "cpu", "cuda"]
 Progress = Callable[[float, str], None]
 """Told of progress: a share of the work from 0 to 1, and what is going on."""
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Measured:
+    """A profile, and where it is kept."""
+
+    profile: Profile
+    where: str
 
 
 def ignore_progress(_share: float, _what: str) -> None:
@@ -86,12 +95,24 @@ def costs_for(job: Job, progress: Progress = ignore_progress) -> Costs:
     Measured where the job names a profile or is for this machine; elsewhere from published
     measurements.
     """
+    return costs_from(job, measured_for(job, progress))
+
+
+def measured_for(job: Job, progress: Progress = ignore_progress) -> Measured | None:
+    """Return the profile that the costs of `job` rest on; None where nothing was measured."""
     if not job.profile_path and not job.cluster.is_local:
-        return reference_costs(job)
+        return None
     profile, path = profile_for(job, progress)
     # Whole, since the plan may be read in another folder; and UTF-8, since JSON is.
     where = str(path.resolve()).encode(errors="replace").decode()
-    return measured_costs(job, profile, where)
+    return Measured(profile=profile, where=where)
+
+
+def costs_from(job: Job, measured: Measured | None) -> Costs:
+    """Return what the layouts of `job` take, by what `measured_for` found; reads no file."""
+    if measured is None:
+        return reference_costs(job)
+    return measured_costs(job, measured.profile, measured.where)
 
 
 def plan_job(
@@ -99,8 +120,12 @@ def plan_job(
 ) -> Plan:
     """Return the best plan for a job file; its ranking and rejections are in it."""
     job = read_job(job_path, overrides)
-    costs = costs_for(job, progress)
-    return make_plan(job, costs, search(job, costs), 0, __version__)
+    return plan_with(job, costs_for(job, progress), Effort(), progress)
+
+
+def plan_with(job: Job, costs: Costs, effort: Effort, progress: Progress = ignore_progress) -> Plan:
+    """Return the best plan for `job`, by these costs; reads no file."""
+    return make_plan(job, costs, search(job, costs, effort, progress), 0, __version__)
 
 
 def run_series(

@@ -29,11 +29,16 @@ def elapsed(device: Floats, host: Floats) -> Floats:
     return np.asarray(slow * (1 + (fast / np.maximum(slow, 1.0)) ** KNEE) ** (1 / KNEE))
 
 
+ROUNDING_NS = 4
+"""What rounding to whole ns may take off the times of one stage."""
+
+
 class Parts(NamedTuple):
     """What one micro-batch takes on a rank, in ns, device and host apart where both work.
 
     Of a layer, of what the first and the last stage do beside theirs, and of a message between
-    stages: `send` on the link, `message_host` on the host; `step` is the host's work of a step. No
+    stages: `send` on the link, `message_host` on the host; `step` is the host's work of a step,
+    `again` what a layer's backward takes more when it recomputes. No
     layout of this work can do with less. What a layout adds to weight halves (the sum of gradients
     over micro-batches) is left out of the backwards as well, so that input halves are not too long.
     """
@@ -56,6 +61,8 @@ class Parts(NamedTuple):
     message_host: float
     send: float
     step: float
+    again: float = 0.0
+    again_host: float = 0.0
 
 
 class Columns(NamedTuple):
@@ -84,10 +91,9 @@ class Columns(NamedTuple):
         Of stages that live at `homes` [S]; `splits` says whether backwards may be split.
         """
         send = np.minimum(self.send_forward[:, :-1], self.send_backward[:, 1:])
-        stages = Pipelines(
-            *(np.asarray(column, np.float64) for column in self[:3]),
-            np.asarray(send.min(axis=1, initial=int(send.max(initial=0))), np.float64),
-        )
+        forward, backward, weight = (np.asarray(column, np.float64) for column in self[:3])
+        least_send = send.min(axis=1, initial=int(send.max(initial=0))).astype(np.float64)
+        stages = Pipelines(forward, backward, weight, least_send)
         m = np.full(len(self.forward), num_microbatches)
         ends = ranks_ns(homes, stages, m, splits=splits)
         is_home = (homes[:, None] == np.arange(ends.shape[1])).astype(np.float64)
@@ -107,8 +113,11 @@ class Pipelines(NamedTuple):
     send: Floats
 
 
-def pipelines(parts: Floats, layers: Int64) -> Pipelines:
-    """Return the stages of R cases with `parts` [R, 18] (rows of `Parts`) and `layers` [R, S]."""
+def pipelines(parts: Floats, layers: Int64, again: Int64 | int = 0) -> Pipelines:
+    """Return the stages of R cases with `parts` [R, 20] (rows of `Parts`) and `layers` [R, S].
+
+    So many layers of each stage recompute, `again` [R, S].
+    """
     of: Parts = Parts(*parts.T[:, :, None])
     num_stages = layers.shape[1]
     is_first, is_last = np.arange(num_stages) == 0, np.arange(num_stages) == num_stages - 1
@@ -119,8 +128,9 @@ def pipelines(parts: Floats, layers: Int64) -> Pipelines:
         + is_last * of.last_forward_host + messages,
     )  # fmt: skip
     backward = elapsed(
-        layers * of.layer_backward + is_first * of.first_backward + is_last * of.last_backward,
-        layers * of.layer_backward_host + is_first * of.first_backward_host
+        layers * of.layer_backward + again * of.again + is_first * of.first_backward
+        + is_last * of.last_backward,
+        layers * of.layer_backward_host + again * of.again_host + is_first * of.first_backward_host
         + is_last * of.last_backward_host + messages,
     )  # fmt: skip
     weight = layers * of.layer_weight + is_first * of.first_weight + is_last * of.last_weight

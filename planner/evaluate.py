@@ -8,7 +8,7 @@ from typing import Protocol
 from planner.bounds import Columns, Parts
 from planner.layout import Layout
 from planner.lower import predict_order
-from planner.memory import Held, held_memory, peak_memory
+from planner.memory import peak_memory
 from planner.orders import NamedOrder, order_of
 from planner.plan import Candidate, PeakMemory, ProfileReference, StageCost
 from planner.synthesis import MAX_BYTES
@@ -82,14 +82,6 @@ class Basis:
         return peak_memory(
             costs.model, costs.workload, layout, schedule, costs.stack, costs.context_bytes(layout)
         )
-
-    def held(self, layout: Layout, schedule: Schedule) -> tuple[Held, ...]:
-        """Return what each pipeline rank holds beside activations, of the homes of `schedule`."""
-        costs = self.costs
-        return held_memory(
-            costs.model, costs.workload, layout, schedule.homes.tolist(), costs.stack,
-            costs.context_bytes(layout),
-        )  # fmt: skip
 
     def candidate(self, layout: Layout, schedule: Schedule, step: Cost) -> Candidate:
         """Return `layout` with its step and the peak memory of its worst rank."""

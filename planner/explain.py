@@ -6,7 +6,7 @@ it, what keeps better ones out, and how it differs from the field's rule of thum
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields, replace
-from typing import final
+from typing import Any, final
 
 from planner.account import Account, World, account_of, differences
 from planner.evaluate import Costs
@@ -198,8 +198,9 @@ def runner_up(job: Job, world: World, chosen: Layout) -> Account | None:
         others = tuple(value for value in allowed if value != getattr(chosen, axis))
         if not others:
             continue
+        limits: dict[str, Any] = {axis: others}
         try:
-            result = world.search(replace(job, search=replace(job.search, **{axis: others})))
+            result = world.search(replace(job, search=replace(job.search, **limits)))
         except (InfeasibleError, UnsupportedError):
             continue
         if found is None or is_better(job, result.ranking[0], found[0]):

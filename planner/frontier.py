@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from planner.bounds import Parts, pipelines, ranks_ns
+from planner.bounds import ROUNDING_NS, Parts, pipelines, ranks_ns
 from planner.evaluate import Basis
 from planner.memory import least_memory
 from planner.partition import dealt_stages, homes_of
@@ -33,6 +33,10 @@ class Tally:
         self.rejected[rejection.rule] += count
         if len(self.examples) < MAX_EXAMPLES:
             self.examples.append(rejection)
+
+    def reject_more(self, rule: str, count: int) -> None:
+        """Count more layouts that are no choice by `rule`."""
+        self.rejected[rule] += count
 
 
 class Bounded(NamedTuple):
@@ -60,12 +64,8 @@ def frontier(space: Space, basis: Basis, tally: Tally) -> list[Bounded]:
     The stages of all starts of a shape are dealt, timed and bounded side by side.
     """
     alike: dict[tuple[int, Pipeline], list[_Row]] = {}
-    parts: dict[tuple[object, ...], Parts] = {}
     for start, least_bytes, num_layouts in _possible(space, basis, tally):
-        key = start.work
-        if key not in parts:
-            parts[key] = basis.costs.parts(start.layout())
-        row = _Row(start, parts[key], least_bytes, num_layouts)
+        row = _Row(start, basis.costs.parts(start.layout()), least_bytes, num_layouts)
         alike.setdefault((start.degrees.pp, start.pipeline), []).append(row)
     found: list[Bounded] = []
     for (pp, pipeline), rows in alike.items():
@@ -126,8 +126,7 @@ def _bounded(basis: Basis, pp: int, pipeline: Pipeline, rows: Sequence[_Row]) ->
     )
     m = np.array([row.start.num_microbatches for row in rows])
     ends = ranks_ns(homes, pipelines(parts, layers), m, splits=pipeline.splits)
-    # One ns for each rounding of a stage's times.
-    bounds = ends.max(axis=1) + of["step"] - 4 * len(homes) * m
+    bounds = ends.max(axis=1) + of["step"] - ROUNDING_NS * len(homes) * m
     for row, bound, stages in zip(rows, bounds.tolist(), layers.tolist(), strict=True):
         yield Bounded(bound, row.least_bytes, row.start, tuple(stages), row.num_layouts)
 

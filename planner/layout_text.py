@@ -286,6 +286,8 @@ def _completed(words: _Words, job: Job, costs: Costs) -> Layout:
     """Return the layout of words that passed every check."""
     numbers, choices = dict(words.numbers), words.choices
     recomputed = numbers.pop("recomputed", 0)
+    if numbers.get("shard_group") == words.number("dp") * words.number("cp"):
+        numbers["shard_group"] = 0
     whole: dict[str, Any] = {"tp": 1, "pp": 1, "micro_batch": 1, **numbers}
     num_stages = words.number("pp") * words.number("stages_per_rank")
     start = Layout(**whole, stage_layers=(0,) * num_stages, schedule=choices["schedule"])

@@ -25,10 +25,10 @@ from simulator.schedule import STAGE_MASK, STAGE_SHIFT, Codes, Schedule
 
 __all__ = [
     "Held",
+    "RankMemory",
     "alive_by_rank",
     "context_bytes",
     "head_activation_bytes",
-    "held_memory",
     "layer_activation_bytes",
     "least_memory",
     "peak_activations",
@@ -281,43 +281,82 @@ class Held(NamedTuple):
         return left - self.temporary if left >= self.update else -1
 
 
-def held_memory(
+class RankMemory:
+    """What the ranks of layouts hold that differ in their sharding alone.
+
+    Ranks with as many layers and the same ends of the model are alike and are counted once; `alike`
+    [P] says which of `held` each rank is.
+    """
+
+    def __init__(
+        self,
+        model: ModelSpec,
+        workload: Workload,
+        layout: Layout,
+        homes: Sequence[int],
+        stack: StackSpec,
+    ) -> None:
+        size = Sizes.of(model, workload, layout)
+        self._element, self._stack = size.element, stack
+        self._exchange = _exchange_bytes(model, size, layout) + _message_bytes(model, size, layout)
+        working = _working_bytes(model, size, layout, stack)
+        logits = size.rows * size.vocab * _loss_width(size.element, layout.tp, stack)
+        kept = stage_activation_bytes(model, workload, layout, stack)
+        known: dict[tuple[int, bool, bool, int], int] = {}
+        self._kinds: list[tuple[_Weights, int, int]] = []
+        alike = []
+        for stages in _stages_of(homes, layout.pp):
+            num_layers = sum(layout.stage_layers[stage] for stage in stages)
+            is_first, is_last = 0 in stages, layout.num_stages - 1 in stages
+            key = (num_layers, is_first, is_last, sum(kept[stage] for stage in stages))
+            if key not in known:
+                known[key] = len(self._kinds)
+                weights = _Weights.of(model, layout, num_layers, is_first=is_first, is_last=is_last)
+                made = size.element * weights.whole - key[3]
+                self._kinds.append((weights, max(working, logits if is_last else 0), made))
+            alike.append(known[key])
+        self.alike = np.array(alike)
+        self._accumulates = (stack.gradient_bytes or size.element) != size.element
+
+    def held(self, layout: Layout, context_bytes: int) -> tuple[Held, ...]:
+        """Return what each kind of rank holds beside activations."""
+        waits = self._accumulates and layout.sharding in ("none", "zero1")
+        found = []
+        for weights, working, made in self._kinds:
+            states = _States.of(weights, self._element, layout, self._stack)
+            found.append(
+                Held(
+                    parameters=states.parameters,
+                    gradients=states.gradients,
+                    optimizer=states.optimizer,
+                    buffers=states.buffers + self._exchange,
+                    temporary=max(working, made) if waits else working,
+                    update=states.update,
+                    context=context_bytes,
+                    slack=self._stack.allocator_slack,
+                )
+            )
+        return tuple(found)
+
+
+def peak_memory(
     model: ModelSpec,
     workload: Workload,
     layout: Layout,
-    homes: Sequence[int],
+    schedule: Schedule,
     stack: StackSpec,
     context_bytes: int,
-) -> tuple[Held, ...]:
-    """Return what each pipeline rank holds beside activations, of stages that live at `homes`."""
-    size = Sizes.of(model, workload, layout)
+) -> tuple[PeakMemory, ...]:
+    """Return the peak memory of each pipeline rank, over all of its stages."""
     stage_bytes = stage_activation_bytes(model, workload, layout, stack)
-    working = _working_bytes(model, size, layout, stack)
-    logits = size.rows * size.vocab * _loss_width(size.element, layout.tp, stack)
-    exchange = _exchange_bytes(model, size, layout) + _message_bytes(model, size, layout)
-    accumulates = (stack.gradient_bytes or size.element) != size.element
-    found = []
-    for stages, states in _ranks(model, size, layout, homes, stack):
-        kept = sum(stage_bytes[stage] for stage in stages)
-        made = size.element * states.num_parameters - kept
-        temporary = max(
-            working,
-            logits if layout.num_stages - 1 in stages else 0,
-            made if accumulates and layout.sharding in ("none", "zero1") else 0,
+    ranks = RankMemory(model, workload, layout, schedule.homes.tolist(), stack)
+    held = ranks.held(layout, context_bytes)
+    return tuple(
+        held[kind].peak(activations)
+        for kind, activations in zip(
+            ranks.alike.tolist(), peak_activations(schedule, stage_bytes), strict=True
         )
-        found.append(
-            Held(
-                parameters=states.parameters,
-                gradients=states.gradients,
-                optimizer=states.optimizer,
-                buffers=states.buffers + exchange,
-                temporary=temporary,
-                update=states.update,
-                context=context_bytes,
-                slack=stack.allocator_slack,
-            )
-        )
-    return tuple(found)
+    )
 
 
 def least_memory(
@@ -345,42 +384,9 @@ def least_memory(
     return int((1 + stack.allocator_slack) * in_use) + context_bytes
 
 
-def peak_memory(
-    model: ModelSpec,
-    workload: Workload,
-    layout: Layout,
-    schedule: Schedule,
-    stack: StackSpec,
-    context_bytes: int,
-) -> tuple[PeakMemory, ...]:
-    """Return the peak memory of each pipeline rank, over all of its stages."""
-    stage_bytes = stage_activation_bytes(model, workload, layout, stack)
-    homes = schedule.homes.tolist()
-    return tuple(
-        held.peak(activations)
-        for held, activations in zip(
-            held_memory(model, workload, layout, homes, stack, context_bytes),
-            peak_activations(schedule, stage_bytes),
-            strict=True,
-        )
-    )
-
-
-def _ranks(
-    model: ModelSpec, size: Sizes, layout: Layout, homes: Sequence[int], stack: StackSpec
-) -> list[tuple[list[int], _States]]:
-    """Return the stages and the states of each rank; ranks that hold the same are counted once."""
-    stages_of: list[list[int]] = [[] for _ in range(layout.pp)]
+def _stages_of(homes: Sequence[int], num_ranks: int) -> list[list[int]]:
+    """Return the stages of each rank."""
+    stages_of: list[list[int]] = [[] for _ in range(num_ranks)]
     for stage, rank in enumerate(homes):
         stages_of[rank].append(stage)
-    known: dict[tuple[int, bool, bool], _States] = {}
-    found = []
-    for stages in stages_of:
-        num_layers = sum(layout.stage_layers[stage] for stage in stages)
-        is_first, is_last = 0 in stages, layout.num_stages - 1 in stages
-        if (states := known.get((num_layers, is_first, is_last))) is None:
-            weights = _Weights.of(model, layout, num_layers, is_first=is_first, is_last=is_last)
-            states = _States.of(weights, size.element, layout, stack)
-            known[num_layers, is_first, is_last] = states
-        found.append((stages, states))
-    return found
+    return stages_of

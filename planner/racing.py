@@ -167,17 +167,7 @@ class Race:
     @property
     def outcome(self) -> Outcome:
         """How the race stands; it is no tie in the middle of a round."""
-        standing = self.standing
-        if not standing:
-            return "none"
-        if len(standing) == 1:
-            return "best" if self.times_ns[standing[0]] else "open"
-        last = self.num_rounds - 1
-        if not all(last in self.times_ns[plan] for plan in standing):
-            return "open"
-        pairs = [self.ratio(a, b) for a, b in combinations(standing, 2)]
-        most = 1 + self.tie
-        return "tie" if all(1 / most < low and high < most for low, high in pairs) else "open"
+        return self._outcome_of(self.standing)
 
     @property
     def chosen(self) -> int:
@@ -199,9 +189,9 @@ class Race:
         A round that broke off is made whole first. Every second round goes backwards, so that a
         steady drift favours nobody in the long run. One plan alone is measured once.
         """
-        if self.outcome != "open":
-            return ()
         standing, first = self.standing, max(0, self.num_rounds - 1)
+        if self._outcome_of(standing) != "open":
+            return ()
         end = max_rounds if len(standing) > 1 else first + 1
         return tuple(
             (number, plan)
@@ -214,6 +204,17 @@ class Race:
     def num_rounds(self) -> int:
         """The rounds that were begun."""
         return max((number + 1 for times in self.times_ns for number in times), default=0)
+
+    def _outcome_of(self, standing: tuple[int, ...]) -> Outcome:
+        if not standing:
+            return "none"
+        if len(standing) == 1:
+            return "best" if self.times_ns[standing[0]] else "open"
+        last, most = self.num_rounds - 1, 1 + self.tie
+        if not all(last in self.times_ns[plan] for plan in standing):
+            return "open"
+        ratios = (self.ratio(one, other) for one, other in combinations(standing, 2))
+        return "tie" if all(1 / most < low and high < most for low, high in ratios) else "open"
 
     @property
     def _unfailed(self) -> tuple[int, ...]:

@@ -26,8 +26,11 @@ from profiles.profile import Cost
 from profiles.quantity import format_quantity
 from simulator.schedule import Schedule
 
-FEW = 64
+FEW = 16
 """Layouts that are timed in any case, so that the short list is of use."""
+MANY = 256
+"""Starts that are tried before the search is content with its gap: a small space is searched to
+the end."""
 MAX_RANKED = 100
 """Places of the ranking: the best of what was timed."""
 Progress = Callable[[float, str], None]
@@ -88,7 +91,7 @@ class _Judge:
     def is_hopeless(self, step_ns: float, peak_bytes: float) -> bool:
         """Return whether what takes so much at least can be left out."""
         asked = self.costs(step_ns, peak_bytes)
-        if any(all(map(float.__le__, best, asked)) for best in self._costs):
+        if any(all(map(float.__lt__, best, asked)) for best in self._costs):
             return True
         return bool(self.breaks_limit(step_ns, peak_bytes))
 
@@ -152,7 +155,7 @@ def _tried(
     tally, is_one = trials.tally, len(judge.goal.objectives) == 1
     for place, (least, bounded) in enumerate(queue):
         is_near = is_one and least >= judge.best * (1 - effort.gap)
-        if is_near and tally.num_timed >= FEW:
+        if is_near and place >= MANY:
             return queue[place:], False
         if judge.found and time.monotonic() - started > (effort.budget_s or math.inf):
             return queue[place:], False

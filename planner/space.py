@@ -76,12 +76,6 @@ class Start(NamedTuple):
             sequence_parallel=self.sequence_parallel,
         )  # fmt: skip
 
-    @property
-    def work(self) -> tuple[object, ...]:
-        """What the work of a rank and its messages depend on."""
-        (_, tp, pp, cp, ep), m = self.degrees, self.num_microbatches
-        return tp, pp, cp, ep, self.micro_batch, self.sequence_parallel, self.order, m > 1
-
     def __str__(self) -> str:
         v = self.pipeline.stages_per_rank
         stages = f",v={v}" if v > 1 else ""
@@ -302,11 +296,18 @@ class Space:
         return self.job.search.sequence_parallel or (True, False)
 
     def _orders(self, degrees: Degrees) -> tuple[str, ...]:
-        """Return the orders that differ: with one stage, one replica or one node none does."""
-        asked = self.job.search.order or ORDERS
-        pools = self.job.cluster.pools
-        is_one_node = len(pools) == 1 and pools[0].num_nodes == 1
-        if self.costs.is_of_executor or degrees.pp == 1 or degrees.dp == 1 or is_one_node:
+        """Return the orders that differ.
+
+        None does with one stage, one replica or one node, nor where neither replicas nor stages
+        share a node by any order, unless it matters which of them share a pod.
+        """
+        asked, cluster = self.job.search.order or ORDERS, self.job.cluster
+        is_alone = (
+            degrees.pp == 1 or degrees.dp == 1 or sum(p.num_nodes for p in cluster.pools) == 1
+        )
+        node_ranks = max(pool.gpus_per_node for pool in cluster.pools)
+        fills_nodes = degrees.tp * degrees.cp % node_ranks == 0 and cluster.uplinks is None
+        if self.costs.is_of_executor or is_alone or fills_nodes:
             return (DEFAULT_ORDER,) if DEFAULT_ORDER in asked else asked[:1]
         return asked
 

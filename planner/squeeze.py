@@ -1,62 +1,59 @@
-"""Recomputation by need: as few layers as make a layout fit, on each pipeline rank its own."""
+"""Recomputation by need: as few layers as make layouts fit, on each pipeline rank its own.
 
-from dataclasses import replace
+A rank recomputes equally many layers of each of its stages, and no more than it must: it then holds
+as much as it can.
+"""
+
+from typing import NamedTuple
 
 import numpy as np
+import numpy.typing as npt
 
-from planner.evaluate import Basis
-from planner.layout import Layout
-from planner.memory import alive_by_rank, stage_activation_bytes
+from planner.memory import alive_by_rank
 from simulator.checks import Int64
 from simulator.schedule import Schedule
 
 
-def squeezed(basis: Basis, layout: Layout, schedule: Schedule) -> Layout | int:
-    """Return `layout` with as few recomputed layers as fit, or the bytes that it needs at least.
+class Needs(NamedTuple):
+    """What P ranks keep of activations when K layers of each of their stages are recomputed.
 
-    `layout.recompute` says what a layer makes again. A rank recomputes equally many layers of each
-    of its stages, and no more than it must: it then holds as much as it can.
+    `peaks` is [P, K] bytes, falling along K; `layers` [S] are those of the stages, `homes` [S]
+    their ranks.
     """
-    kept = stage_activation_bytes(
-        basis.costs.model, basis.costs.workload, replace(layout, recompute="none"),
-        basis.costs.stack,
-    )  # fmt: skip
-    least = stage_activation_bytes(
-        basis.costs.model, basis.costs.workload, layout, basis.costs.stack
-    )
-    layers = np.array(layout.stage_layers)
-    held = basis.held(layout, schedule)
-    again = np.zeros(len(layers), np.int64)
-    for (stages, alive), rank in zip(alive_by_rank(schedule), held, strict=True):
-        again[stages] = _fewest(
-            alive, layers[stages], np.array(kept)[stages], np.array(least)[stages],
-            rank.room(basis.limit_bytes),
-        )  # fmt: skip
-    found = replace(layout, recompute_layers=tuple(again.tolist()))
-    # Rounding, and gradients that wait in full precision, may take a layer more.
-    while (need := _need(basis, found, schedule)) > basis.limit_bytes:
-        more = np.minimum(np.array(found.recompute_layers) + 1, layers)
-        if tuple(more.tolist()) == found.recompute_layers:
-            return need
-        found = replace(found, recompute_layers=tuple(more.tolist()))
-    return found
+
+    peaks: Int64
+    layers: Int64
+    homes: Int64
+
+    @property
+    def least(self) -> int:
+        """What the fullest rank keeps when all is recomputed."""
+        return int(self.peaks[:, -1].max())
+
+    def fewest(self, rooms: Int64) -> tuple[Int64, npt.NDArray[np.bool_]]:
+        """Return recomputed layers of each stage, [R, S], and whether they do, [R], for R cases.
+
+        `rooms` [R, P] are the bytes that the ranks of each case have for activations.
+        """
+        is_over = self.peaks[None, :, :] > rooms[:, :, None]
+        counts = is_over.sum(axis=2)
+        fits = counts.max(axis=1) < self.peaks.shape[1]
+        return np.minimum(counts[:, self.homes], self.layers), fits
 
 
-def _fewest(alive: Int64, layers: Int64, kept: Int64, least: Int64, room: int) -> Int64:
-    """Return how many layers of each stage of a rank are recomputed, [v].
+def needs_of(schedule: Schedule, layers: Int64, kept: Int64, least: Int64) -> Needs:
+    """Return the needs of stages that keep `kept` bytes of a micro-batch and `least` at least.
 
-    `alive` [A, v] are the micro-batches that it holds together, of stages that keep `kept` [v] when
-    nothing is recomputed and `least` [v] when all `layers` [v] are; `room` is for all of it.
+    All are [S]; `least` is what is kept when every one of the `layers` is recomputed.
 
-    >>> _fewest(np.array([[3]]), np.array([4]), np.array([40]), np.array([8]), 80)
-    array([2])
+    >>> from planner.schedules import SCHEDULES
+    >>> one = np.array([2, 2])
+    >>> needs_of(SCHEDULES["1f1b"].build(2, 4), one, 40 * one, 10 * one).peaks.tolist()
+    [[160, 100, 40], [80, 50, 20]]
     """
     counts = np.minimum(np.arange(int(layers.max()) + 1)[:, None], layers)
-    saved = (kept - least) * counts // np.maximum(layers, 1)
-    peaks = ((kept - saved) @ alive.T).max(axis=1)
-    fits = np.flatnonzero(peaks <= room)
-    return np.asarray(counts[fits[0]] if len(fits) else layers)
-
-
-def _need(basis: Basis, layout: Layout, schedule: Schedule) -> int:
-    return max(rank.total for rank in basis.memory(layout, schedule))
+    held = kept - (kept - least) * counts // np.maximum(layers, 1)
+    peaks = np.array(
+        [(held[:, stages] @ alive.T).max(axis=1) for stages, alive in alive_by_rank(schedule)]
+    )
+    return Needs(peaks, layers, schedule.homes.astype(np.int64))

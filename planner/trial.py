@@ -2,21 +2,27 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
+from functools import cached_property
 from typing import NamedTuple
 
-from planner.bounds import Columns, Floats
+import numpy as np
+import numpy.typing as npt
+
+from planner.bounds import ROUNDING_NS, Columns, Floats, pipelines
 from planner.evaluate import Basis
 from planner.frontier import Bounded, Tally
 from planner.layout import Layout
 from planner.lower import median_step
+from planner.memory import RankMemory, stage_activation_bytes
 from planner.orders import sample_of
 from planner.partition import homes_of
 from planner.plan import Rejection
 from planner.schedules import SCHEDULES
 from planner.space import Space
-from planner.squeeze import squeezed
+from planner.squeeze import needs_of
 from profiles.quantity import format_quantity
 from profiles.stack import Recompute
+from simulator.checks import Int64
 from simulator.schedule import Schedule
 
 IsHopeless = Callable[[float, int], bool]
@@ -32,107 +38,195 @@ class Timed(NamedTuple):
     peak_bytes: int
 
 
-class _Case(NamedTuple):
-    """A layout without its schedule: its stages' times, and bounds of its step.
-
-    `bounds_ns` are of schedules with whole backwards, and of those that split them.
-    """
-
-    layout: Layout
-    columns: Columns
-    bounds_ns: tuple[float, float]
-
-    @property
-    def least_ns(self) -> float:
-        """The bound under any schedule."""
-        return min(self.bounds_ns)
-
-
 class Trials:
-    """The trials of one search."""
+    """The trials of one search.
+
+    `short` are layouts that do not fit, with a bound of their step and what they would need.
+    """
 
     def __init__(self, space: Space, basis: Basis, tally: Tally) -> None:
         self.space, self.basis, self.tally = space, basis, tally
         self.short: list[Timed] = []
-        """Layouts that do not fit, with a bound of their step and what they would need."""
 
     def of(self, bounded: Bounded, is_hopeless: IsHopeless) -> Iterator[Timed]:
         """Yield the layouts of a start that fit, timed; `is_hopeless` is asked before each."""
-        start = bounded.start
-        base = start.layout(bounded.stage_layers)
-        kinds = self.space.shardings(start.degrees)
-        layouts = [replace(base, sharding=kind, shard_group=group) for kind, group in kinds]
-        cases = sorted(self._cases(layouts), key=lambda case: case.least_ns)
-        for place, case in enumerate(cases):
-            if is_hopeless(case.least_ns, 0):
-                num_kinds = len(start.pipeline.schedules) * len(self.space.recomputations)
-                self.tally.num_bounded += (len(cases) - place) * num_kinds
-                return
-            for name in start.pipeline.schedules:
-                yield from self._scheduled(case, name, is_hopeless)
+        cases, kinds = _Cases(self.space, self.basis, bounded), self.space.recomputations
+        num_orders = len(bounded.start.pipeline.schedules) * len(kinds)
+        rows = cases.holding(kinds[-1])
+        self.tally.reject_more("memory", num_orders * (len(cases.layouts) - len(rows)))
+        columns = cases.columns_of(rows)
+        for name in bounded.start.pipeline.schedules:
+            least = cases.bounds_ns(columns, splits=SCHEDULES[name].splits)
+            left = np.array([row for row in rows if not is_hopeless(float(least[row]), 0)], int)
+            self.tally.num_bounded += (len(rows) - len(left)) * len(kinds)
+            for kind in kinds if len(left) else ():
+                tried = cases.tried(name, kind, left, columns)
+                self._refuse_all(cases, tried)
+                yield from self._scheduled(cases, tried.only(tried.fits), columns, is_hopeless)
+                if kind == "none":
+                    # What recomputes has nothing to gain where nothing needs to.
+                    self.tally.num_bounded += int(tried.fits.sum()) * (len(kinds) - 1)
+                    left = left[~tried.fits]
 
-    def _cases(self, layouts: list[Layout]) -> Iterator[_Case]:
-        """Yield the cases of layouts that differ in their sharding alone."""
-        columns = self.basis.costs.columns(layouts)
-        whole, halves = _bounds(layouts[0], columns)
-        for row, layout in enumerate(layouts):
-            yield _Case(layout, columns.row(row), (float(whole[row]), float(halves[row])))
-
-    def _scheduled(self, case: _Case, name: str, is_hopeless: IsHopeless) -> Iterator[Timed]:
-        """Yield what the layout is under one schedule, with each kind of recomputation."""
-        splits, kinds = SCHEDULES[name].splits, self.space.recomputations
-        bound_ns = case.bounds_ns[splits]
-        if is_hopeless(bound_ns, 0):
-            self.tally.num_bounded += len(kinds)
-            return
-        layout = replace(case.layout, schedule=name)
-        sample = sample_of(layout)
-        for place, kind in enumerate(kinds):
-            made = self._made(layout, sample, kind)
-            if isinstance(made, int):
-                self._refuse(layout, kind, bound_ns, made)
+    def _scheduled(
+        self, cases: "_Cases", tried: "_Tried", columns: Columns, is_hopeless: IsHopeless
+    ) -> Iterator[Timed]:
+        """Yield those of `tried` that are worth it with all that they exchange."""
+        sample, bounds = sample_of(cases.layout(0, tried.schedule)), tried.bounds
+        for place in np.argsort(bounds, kind="stable").tolist():
+            row, bound_ns = int(tried.rows[place]), float(bounds[place])
+            if is_hopeless(bound_ns, 0):
+                self.tally.num_bounded += 1
                 continue
-            columns, peak_bytes = case.columns, self._peak(made, sample)
-            if made.recompute != "none":
-                columns = self.basis.costs.columns([made])
-                if is_hopeless(float(_bounds(made, columns)[splits][0]), peak_bytes):
-                    self.tally.num_bounded += 1
-                    continue
-            self.tally.num_timed += 1
-            yield Timed(made, median_step(made, sample, columns), peak_bytes)
-            if kind == "none":
-                # What recomputes has nothing to gain where nothing needs to.
-                self.tally.num_bounded += len(kinds) - place - 1
-                return
+            layout = cases.layout(
+                row, tried.schedule, tried.kind, tuple(tried.again[place].tolist())
+            )
+            yield from self._timed(layout, columns.row(row), sample, bound_ns)
 
-    def _made(self, layout: Layout, sample: Schedule, kind: Recompute) -> Layout | int:
-        """Return the layout made to fit by this kind of recomputation, or the bytes it needs."""
-        basis = self.basis
-        if kind == "none":
-            need = self._peak(layout, sample)
-            return layout if need <= basis.limit_bytes else need
-        if "none" not in self.space.recomputations:
-            whole = replace(layout, recompute=kind)
-            need = self._peak(whole, sample)
-            return whole if need <= basis.limit_bytes else need
-        return squeezed(basis, replace(layout, recompute=kind), sample)
+    def _refuse_all(self, cases: "_Cases", tried: "_Tried") -> None:
+        """Count what does not fit; the one that needs least is remembered."""
+        short = np.flatnonzero(~tried.fits)
+        if len(short):
+            self.tally.reject_more("memory", len(short) - 1)
+            least = int(short[np.argmin(tried.needs[short])])
+            layout = cases.layout(int(tried.rows[least]), tried.schedule, tried.kind)
+            self._refuse(layout, float(tried.bounds[least]), int(tried.needs[least]))
+
+    def _timed(
+        self, layout: Layout, columns: Columns, sample: Schedule, bound_ns: float
+    ) -> Iterator[Timed]:
+        """Yield a layout that should fit, timed; rounding may take it a layer more to."""
+        while (peak_bytes := self._peak(layout, sample)) > self.basis.limit_bytes:
+            more = tuple(map(min, (n + 1 for n in layout.recompute_layers), layout.stage_layers))
+            if more == layout.recompute_layers:
+                self._refuse(layout, bound_ns, peak_bytes)
+                return
+            layout = replace(layout, recompute_layers=more)
+        if layout.recompute != "none":
+            columns = self.basis.costs.columns([layout])
+        self.tally.num_timed += 1
+        yield Timed(layout, median_step(layout, sample, columns), peak_bytes)
 
     def _peak(self, layout: Layout, sample: Schedule) -> int:
         return max(rank.total for rank in self.basis.memory(layout, sample))
 
-    def _refuse(self, layout: Layout, kind: Recompute, bound_ns: float, need_bytes: int) -> None:
+    def _refuse(self, layout: Layout, bound_ns: float, need_bytes: int) -> None:
         """Count a layout that does not fit."""
-        tried = layout if kind == "none" else replace(layout, recompute=kind)
         need, have = (format_quantity(n, "bytes") for n in (need_bytes, self.basis.limit_bytes))
         reason = f"needs {need} a rank, has {have}"
-        self.tally.reject(Rejection(layout=str(tried), rule="memory", reason=reason))
-        self.short.append(Timed(tried, round(bound_ns), need_bytes))
+        self.tally.reject(Rejection(layout=str(layout), rule="memory", reason=reason))
+        self.short.append(Timed(layout, round(bound_ns), need_bytes))
 
 
-def _bounds(layout: Layout, columns: Columns) -> tuple[Floats, Floats]:
-    """Return the bounds of layouts of these stages, with whole backwards and with split ones."""
-    homes = homes_of(layout.pp, layout.stages_per_rank, SCHEDULES[layout.schedule].homes)
-    whole, halves = (
-        columns.bounds_ns(homes, layout.num_microbatches, splits=splits) for splits in (False, True)
-    )
-    return whole, halves
+class _Tried(NamedTuple):
+    """Layouts of one start under one schedule and kind of recomputation: R rows of its cases.
+
+    `again` [R, S] are the layers that each stage recomputes, `fits` [R] says whether that does,
+    `needs` [R] what the fullest rank holds with nothing kept, and `bounds` [R] are of their work.
+    """
+
+    schedule: str
+    kind: Recompute
+    rows: Int64
+    again: Int64
+    fits: npt.NDArray[np.bool_]
+    needs: Int64
+    bounds: Floats
+
+    def only(self, which: npt.NDArray[np.bool_]) -> "_Tried":
+        """Return some of the rows."""
+        return self._replace(
+            rows=self.rows[which], again=self.again[which], fits=self.fits[which],
+            needs=self.needs[which], bounds=self.bounds[which],
+        )  # fmt: skip
+
+
+class _Cases:
+    """The layouts of one start, which differ in their sharding, side by side."""
+
+    def __init__(self, space: Space, basis: Basis, bounded: Bounded) -> None:
+        self.basis, start = basis, bounded.start
+        base = start.layout(bounded.stage_layers)
+        self.layouts = [
+            replace(base, sharding=kind, shard_group=group)
+            for kind, group in space.shardings(start.degrees)
+        ]
+        self._base, self._m = base, base.num_microbatches
+        self._layers = np.array(bounded.stage_layers)
+        self._homes = homes_of(base.pp, base.stages_per_rank, start.pipeline.homes)
+        self._is_whole = "none" not in space.recomputations
+
+    def layout(
+        self, row: int, schedule: str, kind: Recompute = "none", again: tuple[int, ...] = ()
+    ) -> Layout:
+        """Return the layout of a row under a schedule, `again` layers of each stage recomputed."""
+        kept = again if kind != "none" and not self._is_whole else ()
+        return replace(self.layouts[row], schedule=schedule, recompute=kind, recompute_layers=kept)
+
+    def holding(self, kind: Recompute) -> Int64:
+        """Return the rows whose ranks hold a micro-batch of one stage that recomputes all."""
+        rooms, _ = self._rooms(kind)
+        return np.flatnonzero(rooms.min(axis=1) >= self._activations(kind).min())
+
+    def columns_of(self, rows: Int64) -> Columns:
+        """Return columns of all layouts, of which those of `rows` alone are filled in."""
+        shape = len(self.layouts), len(self._layers)
+        found = Columns(*(np.zeros(shape, np.int64) for _ in Columns._fields))
+        if len(rows):
+            some = self.basis.costs.columns([self.layouts[row] for row in rows.tolist()])
+            for column, filled in zip(found, some, strict=True):
+                column[rows] = filled
+        return found
+
+    def bounds_ns(self, columns: Columns, *, splits: bool) -> Floats:
+        """Return bounds of the steps of `columns`."""
+        return columns.bounds_ns(self._homes, self._m, splits=splits)
+
+    def tried(self, schedule: str, kind: Recompute, rows: Int64, columns: Columns) -> _Tried:
+        """Return what these rows are under one schedule, recomputing as much as they must."""
+        sample = sample_of(replace(self._base, schedule=schedule))
+        least = self._activations(kind)
+        kept = least if self._is_whole else self._activations("none")
+        needs = needs_of(sample, self._layers, kept, least)
+        rooms, totals = self._rooms(kind)
+        counts, fits = needs.fewest(rooms[rows])
+        own = Columns(*(column[rows] for column in columns))
+        if kind == "none":
+            fits, counts = fits & (counts.max(axis=1, initial=0) == 0), np.zeros_like(counts)
+        else:
+            if self._is_whole:
+                counts = np.broadcast_to(self._layers, counts.shape)
+            own = own._replace(backward=np.maximum(own.backward, self._recomputing(kind, counts)))
+        bounds = self.bounds_ns(own, splits=SCHEDULES[schedule].splits)
+        return _Tried(schedule, kind, rows, counts, fits, totals[rows] + needs.least, bounds)
+
+    def _recomputing(self, kind: Recompute, again: Int64) -> Int64:
+        """Return backwards, [R, S], that are no longer than those that recompute so much."""
+        parts = np.array(self.basis.costs.parts(replace(self._base, recompute=kind)))
+        table = np.broadcast_to(parts, (len(again), len(parts)))
+        backward = pipelines(table, self._layers[None, :], again).backward
+        return np.floor(backward).astype(np.int64) - ROUNDING_NS
+
+    def _rooms(self, kind: Recompute) -> tuple[Int64, Int64]:
+        """Return the bytes for activations, [R, P], and what else the fullest rank holds, [R]."""
+        if kind not in self._room:
+            costs, limit = self.basis.costs, self.basis.limit_bytes
+            layout = replace(self._base, recompute=kind)
+            ranks = RankMemory(
+                costs.model, costs.workload, layout, self._homes.tolist(), costs.stack
+            )
+            context = costs.context_bytes(layout)
+            held = [ranks.held(each, context) for each in self.layouts]
+            rooms = np.array([[rank.room(limit) for rank in row] for row in held])
+            totals = np.array([max(rank.peak(0).total for rank in row) for row in held])
+            self._room[kind] = rooms[:, ranks.alike], totals
+        return self._room[kind]
+
+    @cached_property
+    def _room(self) -> dict[Recompute, tuple[Int64, Int64]]:
+        return {}
+
+    def _activations(self, kind: Recompute) -> Int64:
+        costs = self.basis.costs
+        layout = replace(self._base, recompute=kind)
+        return np.array(stage_activation_bytes(costs.model, costs.workload, layout, costs.stack))

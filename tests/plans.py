@@ -1,7 +1,15 @@
 """Small plans for tests, with made-up costs."""
 
 from planner.layout import Layout
-from planner.plan import PLAN_SCHEMA_VERSION, PeakMemory, Plan, ProfileReference, StageCost, seal
+from planner.plan import (
+    PLAN_SCHEMA_VERSION,
+    Certificate,
+    PeakMemory,
+    Plan,
+    ProfileReference,
+    StageCost,
+    seal,
+)
 from planner.schedules import SCHEDULES
 from profiles.cluster import ClusterSpec, GpuSpec, LinkSpec, PoolSpec
 from profiles.model import ModelSpec
@@ -98,7 +106,11 @@ def tiny_plan(
         "step": COST,
         "ranking": (),
         "chosen": 0,
-        "num_layouts": 1,
+        "front": (),
         "rejections": (),
+        "certificate": Certificate(
+            objective="step_time", value=1e-9, lower_bound=1e-9, gap=0.0, num_layouts=1,
+            num_rejected={}, num_bounded=0, num_timed=1, num_open=0,
+        ),
     }  # fmt: skip
     return seal(**(sections | changed))

@@ -6,6 +6,7 @@ from planner.layout import Layout
 from planner.plan import (
     PLAN_SCHEMA_VERSION,
     Candidate,
+    Certificate,
     PeakMemory,
     Plan,
     ProfileReference,
@@ -145,8 +146,19 @@ def make_plan(
         step=cost(step_ns, is_extrapolated=is_extrapolated),
         ranking=tuple(ranking),
         chosen=[candidate.layout for candidate in ranking].index(layout),
-        num_layouts=len(ranking) + 3,
+        front=(0,),
         rejections=_rejections(reason),
+        certificate=Certificate(
+            objective="step_time",
+            value=ranking[0].step.p50_ns / 1e9,
+            lower_bound=ranking[0].step.p50_ns / 1e9,
+            gap=0.0,
+            num_layouts=len(ranking) + 3,
+            num_rejected={"divisibility": 2, "memory": 1},
+            num_bounded=0,
+            num_timed=len(ranking),
+            num_open=0,
+        ),
     )
 
 

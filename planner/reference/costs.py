@@ -98,6 +98,12 @@ class ReferenceCosts:
 
         How `layout` splits its layers into stages and shards its states does not matter.
         """
+        key = (*_work_key(layout), layout.pp, layout.order, layout.num_microbatches > 1)
+        if (found := self._parts.get(key)) is None:
+            found = self._parts[key] = self._found_parts(layout)
+        return found
+
+    def _found_parts(self, layout: Layout) -> Parts:
         step, lanes = self._step(layout), self._real
         timed = step.work.timed(lanes)
         weight = {name: block.weight_ns for name, block in step.blocks.items()}
@@ -106,12 +112,13 @@ class ReferenceCosts:
         def pair(name: str) -> tuple[float, float]:
             return float(timed[name].device[0]), float(timed[name].host[0])
 
-        device, host = pair("layer_backward")
+        layer = pair("layer_backward")
+        again = pair("layer_again") if layout.recompute != "none" else layer
         added = step.accumulated_layer(lanes)
         return Parts(
             *pair("layer_forward"),
-            device + float(added.device[0]),
-            host + float(added.host[0]),
+            layer[0] + float(added.device[0]),
+            layer[1] + float(added.host[0]),
             factor * weight["layer_backward"],
             *pair("embedding_forward"),
             *pair("embedding_backward"),
@@ -122,6 +129,8 @@ class ReferenceCosts:
             message_host=float(step.messages(lanes, 1).host[0]),
             send=float(step.send_ns(lanes)[0]) if layout.pp > 1 else 0.0,
             step=float(lanes.step[0]),
+            again=again[0] - layer[0],
+            again_host=again[1] - layer[1],
         )
 
     def columns(self, layouts: Sequence[Layout]) -> Columns:
@@ -209,10 +218,7 @@ class ReferenceCosts:
             cluster=self.cluster,
             stack=self.stack,
         )
-        # What a rank computes does not depend on how many replicas and stages there are.
-        experts = (layout.order, layout.pp) if layout.ep > 1 else ()
-        key = (layout.tp, layout.cp, layout.ep, layout.sequence_parallel, layout.micro_batch,
-               layout.recompute, *experts)  # fmt: skip
+        key = _work_key(layout)
         if (work := self._works.get(key)) is None:
             work = self._works[key] = RankWork(setup)
         return StepModel(setup, work, layouts)
@@ -220,6 +226,11 @@ class ReferenceCosts:
     @cached_property
     def _works(self) -> dict[tuple[object, ...], RankWork]:
         """The work of ranks, by all that it depends on."""
+        return {}
+
+    @cached_property
+    def _parts(self) -> dict[tuple[object, ...], Parts]:
+        """The parts of layouts, by all that they depend on."""
         return {}
 
     @cached_property
@@ -251,6 +262,19 @@ class _Spread:
             p90_ns=round(self.band.high * ns),
             is_extrapolated=self.is_extrapolated,
         )
+
+
+def _work_key(layout: Layout) -> tuple[object, ...]:
+    """Return what the work of a rank depends on.
+
+    How many replicas and stages there are matters for the places of the groups alone, where a
+    group of another axis lies inside.
+    """
+    inner = layout.order.split("-")
+    ends = max(inner.index("tp"), inner.index("cp"), inner.index("dp") if layout.ep > 1 else 0)
+    sizes = tuple(getattr(layout, axis) for axis in inner[: ends + 1])
+    return (tuple(inner[: ends + 1]), sizes, layout.ep, layout.sequence_parallel,
+            layout.micro_batch, layout.recompute)  # fmt: skip
 
 
 def reference_costs(job: Job) -> ReferenceCosts:
