@@ -32,6 +32,15 @@ def _models(progress: Progress) -> tuple[object, str]:
     return {"models": rungs}, ladder_text(rungs)
 
 
+def _planner(progress: Progress) -> tuple[object, str]:
+    """Search three jobs of the field, from 8 GPUs to 16,384."""
+    from planner.bench import figures_text
+    from planner.bench_search import bench_search
+
+    measured = bench_search(progress)
+    return {"figures": measured}, figures_text(measured)
+
+
 def _profile(progress: Progress) -> tuple[object, str]:
     """Measure this machine twice, and shapes that the profile does not hold."""
     require_torch("bench")
@@ -47,6 +56,7 @@ BENCHES: Mapping[str, Callable[[Progress], tuple[object, str]]] = {
     "engines": _engines,
     "executor": _executor,
     "models": _models,
+    "planner": _planner,
     "profile": _profile,
 }
 """What can be measured, by name: each returns its figures and their text."""

@@ -376,7 +376,7 @@ def calibrate(runs: tuple[Path, ...], output: Path | None) -> None:
 
 
 @main.command()
-@click.argument("what", type=click.Choice(["engines", "executor", "models", "profile"]))
+@click.argument("what", type=click.Choice(["engines", "executor", "models", "planner", "profile"]))
 @as_json
 def bench(what: str, as_json: bool) -> None:
     """Measure the project's own speed, or how well it foretells this machine."""

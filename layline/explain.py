@@ -69,7 +69,7 @@ def _what_helps(found: Explanation) -> str:
     for each in found.sensitivities:
         doubled = [p.best for p in each.points if p.factor == 2 and p.best is not None]
         if each.knob in BOUGHT and doubled:
-            gains.append((now_ns - doubled[0].step.p50_ns, KNOB_WORDS[each.knob]))
+            gains.append((each.base_ns - doubled[0].step.p50_ns, KNOB_WORDS[each.knob]))
     if not gains:
         return ""
     gain_ns, words = max(gains)
@@ -113,17 +113,17 @@ def _flips(found: Explanation) -> str:
     lines = ["What would flip the choice, one input at a time:"]
     for each in found.sensitivities:
         head = f"{KNOB_WORDS[each.knob]}, {each.value}" if each.value else KNOB_WORDS[each.knob]
-        lines.append(_item(f"{head}: {_holds(each, found.chosen)}"))
+        lines.append(_item(f"{head}: {_holds(each)}"))
         lines += [_item(f"- {_flip(point, found.chosen)}") for point in each.flips]
     return "\n".join(lines)
 
 
-def _holds(found: Sensitivity, chosen: Account) -> str:
+def _holds(found: Sensitivity) -> str:
     """Return from where to where the choice holds, with the best step at either end."""
     if found.reason:
         return f"not tried, {found.reason}."
     held = [point for point in found.points if point.best is not None and not point.is_flip]
-    here = ("x1", chosen.step.p50_ns)
+    here = ("x1", found.base_ns)
     ends = [here, *((_at(p), p.best.step.p50_ns) for p in held if p.best)]
     low = ends[1] if held and held[0].factor < 1 else here
     high = ends[-1] if held and held[-1].factor > 1 else here
@@ -200,7 +200,9 @@ def _slower(more_ns: int) -> str:
 
 
 def _worth(step: Change) -> str:
-    worth = f"{'saves' if step.saves_ns >= 0 else 'costs'} {duration(abs(step.saves_ns))}"
+    worth = f"{'saves' if step.saves_ns > 0 else 'costs'} {duration(abs(step.saves_ns))}"
+    if step.saves_ns == 0:
+        worth = "is worth nothing"
     return f"{step.text} {worth}" + ("." if step.fits else ", but does not fit in memory.")
 
 

@@ -58,10 +58,8 @@ def _conclusion(found: Verification) -> str:
     elif found.outcome == "best":
         why = f"the fastest, {ranked}"
     else:
-        why = (
-            f"the fastest on average, {ranked}; {_counted(found.num_rounds, 'round')} do not tell "
-            "for certain"
-        )
+        rounds = _counted(found.num_rounds, "round")
+        why = f"the fastest on average, {ranked}; not certain after {rounds}"
     return f"chosen: {chosen.layout}: {why}"
 
 

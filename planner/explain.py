@@ -11,14 +11,14 @@ from typing import Any, final
 from planner.account import Account, World, account_of, differences
 from planner.evaluate import Costs
 from planner.facts import facts_of
-from planner.flips import Sensitivity, is_better, named, sensitivities
+from planner.flips import Sensitivity, named, sensitivities
 from planner.layout import Layout
 from planner.objectives import broken_limit, cost
 from planner.plan import Candidate
 from planner.relax import NearMiss, near_misses
 from planner.schedules import SCHEDULES
 from planner.search import Effort, InfeasibleError, SearchResult, search
-from planner.space import divisors, options
+from planner.space import SYNTHESISED, Space, divisors, options
 from planner.thumb import ThumbRule, thumb_rule
 from profiles.errors import UnsupportedError
 from profiles.files import digest
@@ -98,7 +98,12 @@ class Explanation:
 @final
 @dataclass(frozen=True, kw_only=True)
 class Searches:
-    """The world as it is: costs by `costs_of`, and searches of it with one `effort` each."""
+    """The world as it is: costs by `costs_of`, and searches of it with one `effort` each.
+
+    No orders are synthesised here: that takes longer than all the rest, and gains about as much
+    whatever the input. A wide gap may miss that something flips, but makes nothing up: what is best
+    was timed, and so is what is kept.
+    """
 
     costs_of: Callable[[Job], Costs]
     effort: Effort = field(default_factory=Effort)
@@ -110,9 +115,12 @@ class Searches:
 
     def search(self, job: Job) -> SearchResult:
         """Return what is found for `job`, at once where it was asked for before."""
+        costs = self.costs_of(job)
+        names = tuple(name for name in Space(job, costs).schedules if name != SYNTHESISED)
+        job = replace(job, search=replace(job.search, schedule=names or job.search.schedule))
         key = digest(job)
         if key not in self._found:
-            self._found[key] = search(job, self.costs_of(job), self.effort)
+            self._found[key] = search(job, costs, self.effort)
         return self._found[key]
 
 
@@ -164,7 +172,7 @@ def explain(
     made = _made(result, best.layout)
     account = account_of(job, costs, best.layout, made)
     progress(0.0, "runner-up")
-    other = runner_up(job, world, best.layout)
+    other = runner_up(job, world, best)
     progress(0.1, "rule of thumb")
     try:
         thumb = thumb_rule(job, costs, best.layout, made)
@@ -184,18 +192,19 @@ def explain(
     )
 
 
-def runner_up(job: Job, world: World, chosen: Layout) -> Account | None:
+def runner_up(job: Job, world: World, chosen: Candidate) -> Account | None:
     """Return the best layout with other degrees than `chosen`, None if there is none.
 
     It differs in one degree at least: each in turn is kept from being what it is. The degree of
-    data parallelism follows from the others.
+    data parallelism follows from the others. Twins that take as long to the nanosecond, as those
+    that share sequences among replicas and take twice as many at a time, are no rivals.
     """
     ranks, experts = job.cluster.num_ranks, job.model.num_experts
     free = {axis: divisors(ranks) for axis in ("tp", "pp", "cp")} | {"ep": divisors(experts or 1)}
-    found: tuple[Candidate, SearchResult] | None = None
+    rivals = list[tuple[Candidate, SearchResult]]()
     for axis, values in free.items():
         allowed = getattr(job.search, axis) or values
-        others = tuple(value for value in allowed if value != getattr(chosen, axis))
+        others = tuple(value for value in allowed if value != getattr(chosen.layout, axis))
         if not others:
             continue
         limits: dict[str, Any] = {axis: others}
@@ -203,12 +212,11 @@ def runner_up(job: Job, world: World, chosen: Layout) -> Account | None:
             result = world.search(replace(job, search=replace(job.search, **limits)))
         except (InfeasibleError, UnsupportedError):
             continue
-        if found is None or is_better(job, result.ranking[0], found[0]):
-            found = result.ranking[0], result
-    if found is None:
+        rivals += [(c, result) for c in result.ranking if c.step.p50_ns != chosen.step.p50_ns][:1]
+    if not rivals:
         return None
-    layout = found[0].layout
-    return account_of(job, world.costs(job), layout, _made(found[1], layout))
+    best, found = min(rivals, key=lambda pair: _cost(job, pair[0].step.p50_ns, pair[0].peak_bytes))
+    return account_of(job, world.costs(job), best.layout, _made(found, best.layout))
 
 
 def _made(result: SearchResult, layout: Layout) -> Schedule | None:

@@ -57,11 +57,12 @@ class Point:
 class Sensitivity:
     """One input with the points that were tried, in rising order of the factor.
 
-    `reason` says why there are none.
+    `base_ns` is the step of what is kept, as things are. `reason` says why there are no points.
     """
 
     knob: Knob
     value: str
+    base_ns: int
     points: tuple[Point, ...]
     reason: str = ""
 
@@ -103,15 +104,21 @@ KNOB_WORDS: dict[Knob, str] = {
 
 
 def _sensitivity(job: Job, world: World, chosen: Layout, knob: Knob) -> Sensitivity:
+    costs, value, points, reason = world.costs(job), "", list[Point](), ""
+    (base,) = evaluate(basis_of(job, costs), [chosen])
     try:
-        if knob.endswith("_rate") and not world.costs(job).origin.is_reference:
+        if knob.endswith("_rate") and not costs.origin.is_reference:
             raise UnsupportedError("the links were measured as they are, and have no other rate")
         value = _told(job, knob)
+        points = [point for side in SIDES for point in _side(job, world, chosen, knob, side)]
     except UnsupportedError as error:
-        return Sensitivity(knob=knob, value="", points=(), reason=str(error))
-    points = [point for side in SIDES for point in _side(job, world, chosen, knob, side)]
+        reason = str(error)
     return Sensitivity(
-        knob=knob, value=value, points=tuple(sorted(points, key=lambda point: point.factor))
+        knob=knob,
+        value=value,
+        base_ns=base.step.p50_ns,
+        points=tuple(sorted(points, key=lambda point: point.factor)),
+        reason=reason,
     )
 
 

@@ -64,8 +64,11 @@ def frontier(space: Space, basis: Basis, tally: Tally) -> list[Bounded]:
     The stages of all starts of a shape are dealt, timed and bounded side by side.
     """
     alike: dict[tuple[int, Pipeline], list[_Row]] = {}
+    parts: dict[tuple[object, ...], Parts] = {}
     for start, least_bytes, num_layouts in _possible(space, basis, tally):
-        row = _Row(start, basis.costs.parts(start.layout()), least_bytes, num_layouts)
+        if start.work not in parts:
+            parts[start.work] = basis.costs.parts(start.layout())
+        row = _Row(start, parts[start.work], least_bytes, num_layouts)
         alike.setdefault((start.degrees.pp, start.pipeline), []).append(row)
     found: list[Bounded] = []
     for (pp, pipeline), rows in alike.items():

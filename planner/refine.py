@@ -23,6 +23,9 @@ NUM_BEGUN = 350
 """Orders that `synthesise` begins with, at most: those of its rules and of the named schedules."""
 
 
+_Pipeline = tuple[int | str, ...]
+
+
 class Refined(NamedTuple):
     """What became of synthesised layouts: of each candidate that fits, `orders` has the order."""
 
@@ -108,7 +111,7 @@ def _cases(basis: Basis, named: Sequence[Candidate]) -> tuple[list[_Case], list[
 
 def _best_of_each_pipeline(basis: Basis, named: Sequence[Candidate]) -> list[Candidate]:
     """Return the fastest of each pipeline, those that fit in front."""
-    found: dict[tuple[int, ...], Candidate] = {}
+    found: dict[_Pipeline, Candidate] = {}
     for each in sorted(
         (each for each in named if each.layout.pp > 1),
         key=lambda c: (
@@ -124,9 +127,9 @@ def _best_of_each_pipeline(basis: Basis, named: Sequence[Candidate]) -> list[Can
 
 def _fastest_ns(
     basis: Basis, named: Sequence[Candidate], asked: Sequence[str]
-) -> dict[tuple[int, ...], int]:
+) -> dict[_Pipeline, int]:
     """Return the step of each pipeline under the best schedule asked for that fits."""
-    fastest_ns: dict[tuple[int, ...], int] = {}
+    fastest_ns: dict[_Pipeline, int] = {}
     for each in named:
         if each.layout.schedule in asked and each.peak_bytes <= basis.limit_bytes:
             key, ns = _pipeline(each.layout), each.step.p50_ns
@@ -134,9 +137,13 @@ def _fastest_ns(
     return fastest_ns
 
 
-def _pipeline(layout: Layout) -> tuple[int, ...]:
-    """Return what layouts have in common that differ in their schedule alone."""
-    return layout.dp, layout.tp, layout.pp, layout.stages_per_rank, layout.micro_batch
+def _pipeline(layout: Layout) -> _Pipeline:
+    """Return what layouts have in common that differ in schedule and recomputation alone."""
+    return (
+        layout.dp, layout.tp, layout.cp, layout.ep, layout.pp, layout.stages_per_rank,
+        layout.micro_batch, layout.sequence_parallel, layout.order, layout.sharding,
+        layout.shard_ranks,
+    )  # fmt: skip
 
 
 def _placements(basis: Basis, layout: Layout) -> list[_Placement]:

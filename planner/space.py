@@ -76,6 +76,12 @@ class Start(NamedTuple):
             sequence_parallel=self.sequence_parallel,
         )  # fmt: skip
 
+    @property
+    def work(self) -> tuple[object, ...]:
+        """What the work of a rank and its messages depend on, of as many ranks."""
+        (_, tp, pp, cp, ep), m = self.degrees, self.num_microbatches
+        return tp, pp, cp, ep, self.micro_batch, self.sequence_parallel, self.order, m > 1
+
     def __str__(self) -> str:
         v = self.pipeline.stages_per_rank
         stages = f",v={v}" if v > 1 else ""

@@ -96,7 +96,7 @@ CONTRACT = {
     "compare": ["--json", "--recalibrate"],
     "demo": ["--output"],
     "doctor": ["--json"],
-    "plan": ["--json", "--output", "--seed", "--set", "--top"],
+    "plan": ["--farm", "--jobs", "--json", "--output", "--seed", "--set", "--sweep", "--top"],
     "profile": ["--device", "--json", "--merge", "--output", "--quick", "--ranks", "--show"],
     "report": ["--output"],
     "run": ["--data", "--output", "--steps"],

@@ -23,7 +23,7 @@ from planner.lower import (
 )
 from planner.memory import layer_activation_bytes, peak_activations, peak_memory
 from planner.orders import MAX_CELLS
-from planner.partition import balanced_stages
+from planner.partition import dealt_stages, homes_of
 from planner.plan import Plan, StageCost, load_plan, save_plan
 from planner.schedules import SCHEDULES
 from planner.schedules.flush import one_f_one_b

@@ -8,7 +8,9 @@ replicas reduce gradients, a layer's in 1 ms, at the rate between nodes; the upd
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
 from itertools import product
-from typing import cast
+from typing import Any, cast
+
+from hypothesis import strategies as st
 
 from planner.bounds import Columns, Parts
 from planner.cost import NOTHING
@@ -18,13 +20,15 @@ from planner.layout import Layout
 from planner.layout_text import parse_layout
 from planner.objectives import broken_limit, cost
 from planner.plan import Candidate, ProfileReference, StageCost
+from planner.schedules import SCHEDULES
 from planner.search import InfeasibleError, SearchResult
 from profiles.cluster import ClusterSpec
 from profiles.errors import InvalidInputError
+from profiles.files import digest
 from profiles.goal import Goal
 from profiles.job import Job, SearchLimits
 from profiles.model import ModelSpec
-from profiles.presets import cluster_preset
+from profiles.presets import cluster_preset, model_preset, stack_preset
 from profiles.profile import Cost, DeviceFacts
 from profiles.stack import StackSpec
 from profiles.workload import Workload
@@ -130,9 +134,9 @@ class _Found:
 
 @dataclass(frozen=True)
 class PaperWorld:
-    """Searches every layout of a small grid, and counts how often."""
+    """Searches every layout of a small grid, each job once."""
 
-    asked: list[Job] = field(default_factory=list)
+    known: dict[str, SearchResult] = field(default_factory=dict)
 
     def costs(self, job: Job) -> Costs:
         """Return the costs on paper."""
@@ -142,7 +146,12 @@ class PaperWorld:
 
     def search(self, job: Job) -> SearchResult:
         """Return all that fit, best first."""
-        self.asked.append(job)
+        key = digest(job)
+        if key not in self.known:
+            self.known[key] = self._searched(job)
+        return self.known[key]
+
+    def _searched(self, job: Job) -> SearchResult:
         basis, facts = basis_of(job, self.costs(job)), facts_of(job)
         fits = [
             each
@@ -177,3 +186,49 @@ class PaperWorld:
                 )
             ):  # fmt: skip
                 yield layout
+
+
+def reference_job(
+    model: str = "", nodes: int = 2, global_batch: int = 64, seq_len: int = 4096,
+    stack: str = "nemo", **limits: Any,
+) -> Job:  # fmt: skip
+    """Return a job on nodes of H100, of a small model unless one is named."""
+    return Job(
+        seed=0,
+        model=model_preset(model) if model else SMALL,
+        workload=Workload(seq_len=seq_len, global_batch=global_batch, dtype="bf16"),
+        cluster=cluster_preset("h100-sxm", num_nodes=nodes),
+        stack=stack_preset(stack),
+        profile_path="",
+        search=SearchLimits(**limits),
+    )
+
+
+WORLD = PaperWorld()
+
+
+def read(text: str, job: Job | None = None) -> Layout:
+    """Return the layout of `text` on paper."""
+    job = job or paper_job()
+    return parse_layout(text, job, WORLD.costs(job))
+
+
+@st.composite
+def texts(draw: st.DrawFn) -> str:
+    """Draw words of a layout of 16 ranks and 32 sequences, in any order; some are left out."""
+    tp, pp, cp = draw(
+        st.sampled_from([(1, 1, 1), (2, 1, 1), (4, 2, 1), (1, 4, 2), (2, 2, 2), (8, 1, 1)])
+    )
+    dp = 16 // (tp * pp * cp)
+    words = [f"tp={tp}", f"pp={pp}", f"cp={cp}", f"mb={draw(st.sampled_from((1, 2)))}"]
+    words += draw(st.sampled_from(([], [f"dp={dp}"])))
+    if pp > 1:
+        name = draw(st.sampled_from(sorted(SCHEDULES)))
+        count = SCHEDULES[name].stages_per_rank or 2
+        words += draw(st.sampled_from(([name], [name, f"v={count}"], [f"v={count}", name])))
+    words += draw(st.sampled_from(([], ["zero1"], ["zero3"], [f"zero2:{dp * cp}"], ["zero0"])))
+    again = draw(st.sampled_from(("", "none", "full", "selective", "full:5", "full:8")))
+    words += [f"recompute={again}"] if again else []
+    words += ["sp"] if tp > 1 and draw(st.booleans()) else []
+    words += draw(st.sampled_from(([], ["order=tp-cp-pp-dp"], ["order=tp-cp-dp-pp"])))
+    return draw(st.sampled_from((",", ", "))).join(draw(st.permutations(words)))

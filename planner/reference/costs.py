@@ -98,14 +98,19 @@ class ReferenceCosts:
 
         How `layout` splits its layers into stages and shards its states does not matter.
         """
-        key = (*_work_key(layout), layout.pp, layout.order, layout.num_microbatches > 1)
+        key = (*_work_key(layout), layout.num_microbatches > 1)
         if (found := self._parts.get(key)) is None:
-            found = self._parts[key] = self._found_parts(layout)
-        return found
-
-    def _found_parts(self, layout: Layout) -> Parts:
+            found = self._parts[key] = self._parts_of_work(self._step(layout))
+        if layout.pp == 1:
+            return found
         step, lanes = self._step(layout), self._real
-        timed = step.work.timed(lanes)
+        return found._replace(
+            message_host=float(step.messages(lanes, 1).host[0]), send=float(step.send_ns(lanes)[0])
+        )
+
+    def _parts_of_work(self, step: StepModel) -> Parts:
+        """Return the parts of one rank's work, without messages."""
+        timed, lanes = step.work.timed(self._real), self._real
         weight = {name: block.weight_ns for name, block in step.blocks.items()}
         factor = float(lanes.factor[MATMUL, 0])
 
@@ -113,7 +118,7 @@ class ReferenceCosts:
             return float(timed[name].device[0]), float(timed[name].host[0])
 
         layer = pair("layer_backward")
-        again = pair("layer_again") if layout.recompute != "none" else layer
+        again = pair("layer_again") if "layer_again" in timed else layer
         added = step.accumulated_layer(lanes)
         return Parts(
             *pair("layer_forward"),
@@ -126,8 +131,8 @@ class ReferenceCosts:
             *pair("head_forward"),
             *pair("head_backward"),
             factor * weight["head_backward"],
-            message_host=float(step.messages(lanes, 1).host[0]),
-            send=float(step.send_ns(lanes)[0]) if layout.pp > 1 else 0.0,
+            message_host=0.0,
+            send=0.0,
             step=float(lanes.step[0]),
             again=again[0] - layer[0],
             again_host=again[1] - layer[1],

@@ -2,12 +2,12 @@
 
 import math
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 
 from planner.layout import Layout
 from planner.reference.program import INTER, INTRA
 from planner.reference.spread import Mesh, Slice, fewest_together, ranks_per_leaver
-from profiles.cluster import ClusterSpec
+from profiles.cluster import ClusterSpec, LinkSpec, UplinkSpec
 from profiles.collective_curves import Group, collective
 from profiles.errors import UnsupportedError
 from profiles.kernel_curves import Estimate
@@ -82,32 +82,43 @@ class Places:
         """
         if group.size <= 1 or size_bytes <= 0:
             return INTRA, NOTHING
-        crosses, uplinks = self._crosses(group), self.cluster.uplinks
-        inter = self.cluster.inter_node
+        inter, intra, uplinks = self._links
+        crosses, where = _place(
+            self._mesh, group, self.node_ranks, uplinks.pod_nodes if uplinks else 0,
+            is_message=kind == "send_recv",
+        )  # fmt: skip
         if crosses and inter is None:
             raise UnsupportedError(
                 f"a group of {group.size} ranks does not fit in the one node of {self.node_ranks} "
                 "GPUs; name the fabric that joins the nodes"
             )
-        size, per_node = group.size, fewest_together(self._mesh, group, self.node_ranks)
-        if kind == "send_recv":
-            size, per_node = 2, 1 if crosses else 2
-        per_pod, oversubscription = math.inf, 1.0
-        if uplinks is not None:
-            pod_ranks = uplinks.pod_nodes * self.node_ranks
-            per_pod = ranks_per_leaver(self._mesh, group, pod_ranks)
-            oversubscription = uplinks.oversubscription
-        where = Group(size=size, per_node=per_node, per_pod=per_pod)
-        intra = self.cluster.pools[0].intra_node
+        oversubscription = uplinks.oversubscription if uplinks else 1.0
         time = collective(kind, where, int(size_bytes), intra, inter, oversubscription)
         return (INTER if crosses else INTRA), time
+
+    @cached_property
+    def _links(self) -> tuple[LinkSpec | None, LinkSpec, UplinkSpec | None]:
+        """The fabric between nodes, the links inside one, and the uplinks of a pod."""
+        return self.cluster.inter_node, self.cluster.pools[0].intra_node, self.cluster.uplinks
 
     @cached_property
     def _mesh(self) -> Mesh:
         return tuple((axis, getattr(self.layout, axis)) for axis in self.layout.order.split("-"))
 
     def _crosses(self, group: Slice) -> bool:
-        together = group.size
-        if together > 1:
-            together = fewest_together(self._mesh, group, self.node_ranks)
-        return together < group.size
+        return _place(self._mesh, group, self.node_ranks, 0, is_message=False)[0]
+
+
+@lru_cache(maxsize=1 << 16)
+def _place(
+    mesh: Mesh, group: Slice, node_ranks: int, pod_nodes: int, *, is_message: bool
+) -> tuple[bool, Group]:
+    """Return whether `group` leaves its node and where its members sit; 0 `pod_nodes`: one pod."""
+    if group.size <= 1:
+        return False, Group(size=group.size, per_node=1)
+    size, per_node = group.size, fewest_together(mesh, group, node_ranks)
+    crosses = per_node < size
+    if is_message:
+        size, per_node = 2, 1 if crosses else 2
+    per_pod = ranks_per_leaver(mesh, group, pod_nodes * node_ranks) if pod_nodes else math.inf
+    return crosses, Group(size=size, per_node=per_node, per_pod=per_pod)
