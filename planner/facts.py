@@ -1,6 +1,7 @@
 """`Facts`: what the objectives need to know of a job, and what of it nobody said."""
 
 from dataclasses import dataclass
+from typing import Protocol
 
 from planner.goodput import (
     best_interval_s,
@@ -11,9 +12,11 @@ from planner.goodput import (
 from profiles.cluster import ClusterSpec
 from profiles.errors import InvalidInputError, Problem
 from profiles.goal import Goal
-from profiles.job import Job
+from profiles.model import ModelSpec
 from profiles.presets import assumption
 from profiles.quantity import format_quantity
+from profiles.stack import StackSpec
+from profiles.workload import Workload
 
 LEAST_USEFUL_SHARE = 1e-3
 """With less than that the job does not train, and its goodput is no number to search by."""
@@ -51,7 +54,31 @@ class Facts:
         return max(best_interval_s(self.checkpoint_s, self.mean_s), step_ns / 1e9)
 
 
-def facts_of(job: Job) -> Facts:
+class Asked(Protocol):
+    """What is to be trained, where, and to what end: a job, or the plan of one."""
+
+    @property
+    def model(self) -> ModelSpec:
+        """The model that is trained."""
+
+    @property
+    def workload(self) -> Workload:
+        """What a step trains on."""
+
+    @property
+    def cluster(self) -> ClusterSpec:
+        """The machines."""
+
+    @property
+    def stack(self) -> StackSpec:
+        """The software that trains it."""
+
+    @property
+    def goal(self) -> Goal:
+        """What is to be made best."""
+
+
+def facts_of(job: Asked) -> Facts:
     """Return the facts of `job`; what it does not say of its cluster is assumed, and told.
 
     A checkpoint stops the job for as long as storage takes, unless the job says for how long.
@@ -95,7 +122,7 @@ def watts_per_gpu(cluster: ClusterSpec) -> float:
     return board / cluster.num_ranks * assumption("watts_per_board_watt").value
 
 
-def checkpoint_s(job: Job) -> float:
+def checkpoint_s(job: Asked) -> float:
     """Return how long `job` stands still for a checkpoint: its size over the rate of storage.
 
     Where the job says for how long itself, it is that.

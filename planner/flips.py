@@ -196,11 +196,6 @@ def varied(job: Job, knob: Knob, factor: float) -> Job:
     """Return `job` with one input `factor` times what it is.
 
     Raises UnsupportedError for an input that the job does not have, or that it cannot take.
-
-    >>> from profiles.presets import cluster_preset
-    >>> node = cluster_preset("h100-sxm")
-    >>> _with_pools(node, lambda pool: replace(pool, num_nodes=3)).num_ranks
-    24
     """
     workload, cluster = job.workload, job.cluster
     if knob == "global_batch":
@@ -229,7 +224,13 @@ def varied(job: Job, knob: Knob, factor: float) -> Job:
 
 
 def with_memory(cluster: ClusterSpec, factor: float) -> ClusterSpec:
-    """Return `cluster` with GPUs of `factor` times the memory."""
+    """Return `cluster` with GPUs of `factor` times the memory.
+
+    >>> from profiles.presets import cluster_preset
+    >>> node = cluster_preset("h100-sxm")
+    >>> with_memory(node, 2.0).pools[0].gpu.memory_bytes / node.pools[0].gpu.memory_bytes
+    2.0
+    """
     return _with_pools(
         cluster,
         lambda pool: replace(

@@ -10,6 +10,7 @@ from planner.layout import Layout
 from profiles.cluster import ClusterSpec
 from profiles.errors import InvalidInputError
 from profiles.files import canonical_json, digest, from_plain, read_json, write_text
+from profiles.goal import Goal
 from profiles.model import ModelSpec
 from profiles.profile import Cost, DeviceFacts
 from profiles.stack import MemoryLog, StackSpec
@@ -103,11 +104,16 @@ class PeakMemory:
 
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Candidate:
-    """One layout that fits: its step time with its band and the peak memory of its worst rank."""
+    """One layout that fits: its step time with its band and the peak memory of its worst rank.
+
+    `jittered_ns` is its step where no two kernels take the same time, of the best few
+    (`planner.finalists`); 0 of the others.
+    """
 
     layout: Layout
     step: Cost
     peak_bytes: int
+    jittered_ns: int = 0
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -181,6 +187,7 @@ class Plan:
     workload: Workload
     cluster: ClusterSpec
     stack: StackSpec
+    goal: Goal
     profile: ProfileReference
     layout: Layout
     schedule: tuple[str, ...]
@@ -268,6 +275,8 @@ def _inconsistency(plan: Plan) -> str:
         return f"layout.stage_layers does not sum to {plan.model.num_layers} layers"
     if plan.ranking and not 0 <= plan.chosen < len(plan.ranking):
         return f"chosen is {plan.chosen}; the ranking has {len(plan.ranking)} layouts"
+    if not all(0 <= place < max(1, len(plan.ranking)) for place in plan.front):
+        return f"front is {plan.front}; the ranking has {len(plan.ranking)} layouts"
     try:
         schedule = plan.parsed_schedule()
     except ValueError as error:

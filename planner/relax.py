@@ -106,12 +106,7 @@ class Lifted:
 
 
 def lifted(job: Job) -> Iterator[Lifted]:
-    """Yield `job` without each of its limits in turn, those of the search first.
-
-    >>> from planner.relax import _words
-    >>> _words((1, 2)), _words(("1f1b",)), _words(0.5)
-    ('1, 2', '1f1b', '0.5')
-    """
+    """Yield `job` without each of its limits in turn, those of the search first."""
     free = SearchLimits()
     for entry in fields(SearchLimits):
         value, default = getattr(job.search, entry.name), getattr(free, entry.name)

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field
 from typing import NamedTuple
 
 from planner.evaluate import Basis, Costs, basis_of
+from planner.finalists import with_jitter
 from planner.frontier import Bounded, Tally, frontier
 from planner.layout import Layout
 from planner.lower import predict_order, predict_steps
@@ -226,9 +227,10 @@ def _result(
     )
     if not ranked:
         raise _infeasible(job, tally, trials.short)
-    ranking = [_banded(basis, timed, refined.orders) for timed in ranked[:MAX_RANKED]]
+    banded = [_banded(basis, timed, refined.orders) for timed in ranked[:MAX_RANKED]]
+    ranking = with_jitter(basis, banded, refined.orders, job.seed)
     return SearchResult(
-        ranking=tuple(ranking),
+        ranking=ranking,
         rejections=tuple(tally.examples),
         certificate=_certificate(judge, tally, ranked[0], left),
         front=_front(judge, ranking),
@@ -271,16 +273,19 @@ def _certificate(judge: _Judge, tally: Tally, best: Timed, left: Sequence[_Queue
     """Return what is known of all layouts: what is left is no better than the next start."""
     value = judge.costs(best.step_ns, best.peak_bytes)[0]
     lower_bound = min(value, left[0].least if left else value)
-    num_open = sum(each.bounded.num_layouts for each in left)
+    num_open = sum(each.bounded.num_layouts for each in left if each.least < value)
+    num_bounded = tally.num_bounded + sum(
+        each.bounded.num_layouts for each in left if each.least >= value
+    )
     rejected = dict(sorted(tally.rejected.items()))
     return Certificate(
         objective=judge.goal.objectives[0],
         value=value,
         lower_bound=lower_bound,
         gap=(value - lower_bound) / value,
-        num_layouts=sum(rejected.values()) + tally.num_bounded + tally.num_timed + num_open,
+        num_layouts=sum(rejected.values()) + num_bounded + tally.num_timed + num_open,
         num_rejected=rejected,
-        num_bounded=tally.num_bounded,
+        num_bounded=num_bounded,
         num_timed=tally.num_timed,
         num_open=num_open,
     )
@@ -298,6 +303,7 @@ def make_plan(job: Job, costs: Costs, result: SearchResult, chosen: int, version
         workload=job.workload,
         cluster=job.cluster,
         stack=job.stack,
+        goal=job.goal,
         profile=costs.origin,
         layout=layout,
         schedule=tuple(str(schedule).splitlines()),

@@ -12,6 +12,7 @@ from planner.plan import (
 )
 from planner.schedules import SCHEDULES
 from profiles.cluster import ClusterSpec, GpuSpec, LinkSpec, PoolSpec
+from profiles.goal import FASTEST
 from profiles.model import ModelSpec
 from profiles.profile import Cost, DeviceFacts
 from profiles.stack import StackSpec
@@ -96,6 +97,7 @@ def tiny_plan(
         "workload": Workload(seq_len=seq_len, global_batch=layout.global_batch),
         "cluster": tiny_cluster(),
         "stack": tiny_stack(),
+        "goal": FASTEST,
         "profile": ProfileReference(
             path="", digest="", device=device, versions={}, measured_at="2026-01-01T00:00:00Z"
         ),

@@ -17,6 +17,7 @@ from planner.plan import (
 from planner.record import RECORD_SCHEMA_VERSION, RankMemory, RunRecord, StepRecord
 from planner.schedules import SCHEDULES
 from profiles.cluster import ClusterSpec, GpuSpec, LinkSpec, PoolSpec
+from profiles.goal import FASTEST, Goal
 from profiles.model import ModelSpec
 from profiles.profile import Cost, DeviceFacts
 from profiles.stack import StackSpec
@@ -97,6 +98,7 @@ def make_plan(
     model_name: str = "llama-tiny",
     reason: str = "tp=8 does not divide 4 kv heads",
     is_extrapolated: bool = False,
+    goal: Goal = FASTEST,
 ) -> Plan:
     """Return a sealed plan; its median step is that of `predict` unless `step_ns` says."""
     layout = layout or make_layout()
@@ -136,6 +138,7 @@ def make_plan(
             source="made up",
             date="2026-01-01",
         ),
+        goal=goal,
         profile=PROFILE,
         layout=layout,
         schedule=tuple(

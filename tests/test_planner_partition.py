@@ -1,15 +1,17 @@
-"""Layers of pipeline stages, as software deals them: every rule by what it says."""
+"""Layers of pipeline stages: as software deals them, by what each rule says, and as is best."""
 
+from collections.abc import Iterator
 from dataclasses import replace
 from fractions import Fraction
 from itertools import pairwise
 from typing import get_args
 
+import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from planner.partition import stages_by_rule
+from planner.partition import Homes, deal, dealt_stages, homes_of, stages_by_rule
 from planner.published.layout import split_layers
 from profiles.errors import UnsupportedError
 from profiles.model import ModelSpec
@@ -117,3 +119,97 @@ def test_more_stages_than_layers_are_refused_where_only_layers_are_cut() -> None
         split_layers(SMALL, 9, "even")
     assert split_layers(SMALL, 10, "even") == (0, *(1,) * 8, 0)
     assert sum(split_layers(SMALL, 9, "cost")) == 8
+
+
+# As is best: against every division.
+
+TIMES = st.integers(0, 40)
+HOMES: tuple[Homes, ...] = get_args(Homes)
+
+
+def divisions(num_layers: int, places: int, least: int = 1) -> Iterator[tuple[int, ...]]:
+    """Yield every way to deal `num_layers` to `places` of at least `least`."""
+    if places == 1:
+        yield (num_layers,)
+        return
+    for count in range(least, num_layers - least * (places - 1) + 1):
+        for rest in divisions(num_layers - count, places - 1, least):
+            yield (count, *rest)
+
+
+@given(
+    places=st.integers(1, 5),
+    more=st.integers(0, 6),
+    layer=st.integers(1, 9),
+    extra=st.lists(TIMES, min_size=5, max_size=5),
+    least=st.integers(0, 2),
+)
+def test_no_division_has_a_faster_slowest_place(
+    places: int, more: int, layer: int, extra: list[int], least: int
+) -> None:
+    def slowest(counts: tuple[int, ...]) -> int:
+        return max(n * layer + own for n, own in zip(counts, extra, strict=False))
+
+    num_layers = least * places + more
+    (found,) = deal(
+        num_layers, np.array([layer], float), np.array([extra[:places]], float), least
+    ).tolist()
+    assert (sum(found), min(found) >= least) == (num_layers, True)
+    assert slowest(tuple(found)) == min(map(slowest, divisions(num_layers, places, least)))
+
+
+def test_fewer_layers_than_places_are_refused() -> None:
+    with pytest.raises(ValueError, match="3 layers for 2 places of 2 layers at least"):
+        deal(3, np.ones(1), np.zeros((1, 2)), 2)
+
+
+@st.composite
+def pipelines(draw: st.DrawFn) -> tuple[int, tuple[int, int, Homes]]:
+    """Draw layers and a pipeline of ranks, stages a rank and where these live."""
+    ranks, chunks = draw(st.sampled_from(((1, 1), (2, 1), (4, 1), (2, 2), (3, 2), (2, 3))))
+    return ranks * chunks + draw(st.integers(0, 5)), (ranks, chunks, draw(st.sampled_from(HOMES)))
+
+
+@settings(max_examples=60)
+@given(pipelines(), st.integers(1, 9), TIMES, TIMES)
+def test_no_stages_have_a_faster_slowest_rank(
+    case: tuple[int, tuple[int, int, Homes]], layer: int, first: int, last: int
+) -> None:
+    num_layers, shape = case
+    homes = homes_of(*shape)
+    extra = np.zeros(len(homes))
+    extra[0] += first
+    extra[-1] += last
+
+    def slowest(counts: tuple[int, ...]) -> tuple[float, list[float]]:
+        works = np.array(counts) * layer + extra
+        ranks = np.bincount(homes, works)
+        own = [float(works[homes == rank].max()) for rank in range(len(ranks))]
+        return float(ranks.max()), own
+
+    one = np.ones(1)
+    (found,) = dealt_stages(num_layers, homes, layer * one, first * one, last * one).tolist()
+    assert (sum(found), min(found) >= 1) == (num_layers, True)
+    every = list(divisions(num_layers, len(homes)))
+    ranks, own = slowest(tuple(found))
+    assert ranks == min(slowest(each)[0] for each in every)
+    # Of what leaves each rank as many layers, none has a faster slowest stage on any rank.
+    held = np.bincount(homes, found).tolist()
+    alike = [slowest(each)[1] for each in every if np.bincount(homes, each).tolist() == held]
+    assert own == [min(stages) for stages in zip(*alike, strict=True)]
+
+
+@given(
+    pipelines(),
+    st.lists(st.tuples(st.integers(1, 9), TIMES, TIMES), min_size=1, max_size=6),
+)
+def test_cases_side_by_side_are_dealt_as_one_by_one(
+    case: tuple[int, tuple[int, int, Homes]], rows: list[tuple[int, int, int]]
+) -> None:
+    num_layers, shape = case
+    homes = homes_of(*shape)
+    columns = np.array(rows, float).T
+    beside = dealt_stages(num_layers, homes, *columns)
+    for row, found in zip(columns.T, beside, strict=True):
+        (alone,) = dealt_stages(num_layers, homes, *row[:, None])
+        assert found.tolist() == alone.tolist()
