@@ -3,33 +3,20 @@
 Imports of the packages stand inside the commands, so that `layline --help` needs click alone.
 """
 
-import json
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, TypeVar
+from typing import TYPE_CHECKING
 
 import click
 
 from layline import __version__
 from layline.exits import CleanGroup
+from layline.options import FILE, as_json, output_file, print_as, spare
+from layline.plan import plan
 
 if TYPE_CHECKING:
-    from layline.farm import Farm
     from layline.walk import Device
     from profiles.profile import Profile
-
-F = TypeVar("F", bound=Callable[..., Any])
-
-FILE = click.Path(path_type=Path)
-as_json = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of a table.")
-overrides = click.option(
-    "--set", "overrides", multiple=True, metavar="PATH=VALUE",
-    help="Override one value of the job file, as in --set cluster.ranks=4.",
-)  # fmt: skip
-
-
-def _out(help_text: str, *, required: bool = True) -> Callable[[F], F]:
-    return click.option("-o", "--output", type=FILE, required=required, help=help_text)
 
 
 @click.group(cls=CleanGroup, context_settings={"help_option_names": ["-h", "--help"]})
@@ -49,7 +36,7 @@ def doctor(as_json: bool) -> None:
     from layline.doctor import examine, findings_text
 
     findings = examine()
-    _print(findings, findings_text(findings), as_json)
+    print_as(findings, findings_text(findings), as_json)
 
 
 @main.command()
@@ -60,7 +47,7 @@ def doctor(as_json: bool) -> None:
               help="Measure nothing: tell of this profile; of several, what changed.")  # fmt: skip
 @click.option("--merge", type=FILE, multiple=True, metavar="FILE",
               help="Measure nothing: make one profile of several of one machine.")  # fmt: skip
-@_out("The profile to write; with --show, an HTML page.", required=False)
+@output_file("The profile to write; with --show, an HTML page.", required=False)
 @as_json
 def profile(
     device: "Device",
@@ -81,7 +68,7 @@ def profile(
         raise click.UsageError("a profile goes into a file: -o FILE, without --json")
     from profiles.files import canonical_json, check_writable, write_text
 
-    _spare(merge, output)
+    spare(merge, output)
     check_writable(output)
     found, is_ours = _merged(merge) if merge else _measured(device, ranks, quick, output)
     if not is_ours:
@@ -130,89 +117,7 @@ def _measured(
     return found, True
 
 
-@main.command()
-@click.argument("job", type=FILE)
-@_out("The plan to write.", required=False)
-@click.option("--top", type=click.IntRange(1, 1000), default=10, show_default=True,
-              help="Layouts to list.")  # fmt: skip
-@click.option("--seed", type=click.IntRange(0), help="Override the job's seed.")
-@overrides
-@click.option("--sweep", "sweeps", multiple=True, metavar="PATH=V1,V2,..",
-              help="Plan for each of these values; several axes give their product.")  # fmt: skip
-@click.option("--jobs", type=click.IntRange(1, 1024),
-              help="With --sweep: cases at a time; one a core by default.")  # fmt: skip
-@click.option("--farm", metavar="NAME",
-              help="With --sweep: processes, dask, dask=ADDRESS, ray or ray=ADDRESS.")  # fmt: skip
-@as_json
-def plan(
-    job: Path,
-    output: Path | None,
-    top: int,
-    seed: int | None,
-    overrides: tuple[str, ...],
-    sweeps: tuple[str, ...],
-    jobs: int | None,
-    farm: str | None,
-    as_json: bool,
-) -> None:
-    """Search the layouts of JOB.toml; print the ranking and why others were rejected.
-
-    With --sweep, print the best plan of each case; -o is then a folder for the plans.
-    """
-    from layline.farm import farm_named
-    from layline.show import plan_text, progress_bar
-    from layline.walk import plan_job
-    from planner.plan import save_plan
-
-    seeded = overrides if seed is None else (*overrides, f"seed={seed}")
-    if sweeps:
-        if _is_given("top"):
-            raise click.UsageError("--top lists the layouts of one job; leave it out with --sweep")
-        _sweep(job, sweeps, seeded, farm_named(farm or "", jobs or 0), output, as_json)
-        return
-    if jobs or farm:
-        raise click.UsageError("--jobs and --farm are for the cases of --sweep")
-    _spare([job], output)
-    with progress_bar("plan") as progress:
-        best = plan_job(job, seeded, progress)
-    if output is not None:
-        save_plan(best, output)
-    _print(best, plan_text(best, top), as_json)
-    if output is not None:
-        click.echo(f"wrote {output}", err=as_json)
-
-
-def _sweep(
-    job: Path,
-    axes: Sequence[str],
-    overrides: Sequence[str],
-    farm: "Farm",
-    folder: Path | None,
-    as_json: bool,
-) -> None:
-    """Plan the cases of a sweep; print the table of them, and leave with the code for it."""
-    from layline.show import progress_bar
-    from layline.sweep import exit_code, sweep, sweep_text
-    from planner.search import Effort
-    from planner.sweep import parse_axis
-
-    with progress_bar("plan") as progress:
-        found = sweep(
-            job,
-            [parse_axis(axis) for axis in axes],
-            farm,
-            Effort(),
-            overrides=overrides,
-            folder=folder,
-            progress=progress,
-        )
-    _print(found.as_json(), sweep_text(found), as_json)
-    if folder is not None and found.num_planned:
-        click.echo(f"wrote {found.num_planned} plans into {folder}", err=as_json)
-    if found.is_interrupted:
-        raise KeyboardInterrupt(f"{found.num_planned} of {len(found.rows)} cases have a plan")
-    if code := exit_code(found):
-        raise SystemExit(code)
+main.add_command(plan)
 
 
 @main.command()
@@ -225,11 +130,11 @@ def simulate(plan: Path, trace: Path | None, as_json: bool) -> None:
     from layline.walk import load_plan
     from profiles.files import write_bytes
 
-    _spare([plan], trace)
+    spare([plan], trace)
     step = predicted_step(load_plan(plan))
     if trace is not None:
         write_bytes(trace, step_trace(step))
-    _print(step_json(step), step_text(step), as_json)
+    print_as(step_json(step), step_text(step), as_json)
     if trace is not None:
         click.echo(f"wrote {trace}", err=as_json)
 
@@ -238,7 +143,7 @@ def simulate(plan: Path, trace: Path | None, as_json: bool) -> None:
 @click.argument("plan", type=FILE)
 @click.option("--rank", type=click.IntRange(0), default=0, show_default=True,
               help="The rank of the job to trace.")  # fmt: skip
-@_out("Write every op and collective, in order.", required=False)
+@output_file("Write every op and collective, in order.", required=False)
 @as_json
 def capture(plan: Path, rank: int, output: Path | None, as_json: bool) -> None:
     """Trace one rank of PLAN.json without its hardware: ops, collectives and peak memory."""
@@ -246,12 +151,12 @@ def capture(plan: Path, rank: int, output: Path | None, as_json: bool) -> None:
     from profiles.files import canonical_json, check_writable, write_text
 
     if output is not None:
-        _spare([plan], output)
+        spare([plan], output)
         check_writable(output)
     value, text = captured(plan, rank)
     if output is not None:
         write_text(output, canonical_json(value))
-    _print(value, text, as_json)
+    print_as(value, text, as_json)
     if output is not None:
         click.echo(f"wrote {output}", err=as_json)
 
@@ -260,7 +165,7 @@ def capture(plan: Path, rank: int, output: Path | None, as_json: bool) -> None:
 @click.argument("plan", type=FILE)
 @click.option("--steps", type=click.IntRange(1), default=20, show_default=True)
 @click.option("--data", type=FILE, help="Text file or folder; the Python sources by default.")
-@_out("A new directory for the run.")
+@output_file("A new directory for the run.")
 def run(plan: Path, steps: int, data: Path | None, output: Path) -> None:
     """Train PLAN.json for real on this machine's ranks and record what it took."""
     from layline.show import progress_bar
@@ -301,10 +206,10 @@ def compare(directory: Path, recalibrate: Path | None, as_json: bool) -> None:
     from reports.compare import compare as compare_run
     from reports.compare import format_comparison
 
-    _spare([directory], recalibrate)
+    spare([directory], recalibrate)
     planned, record = load_run(directory)
     comparison = compare_run(planned, record, simulate_plan(planned))
-    _print(comparison, format_comparison(comparison), as_json)
+    print_as(comparison, format_comparison(comparison), as_json)
     if recalibrate is not None:
         write_text(recalibrate, canonical_json(recalibrated(directory)))
         click.echo(f"wrote {recalibrate}", err=as_json)
@@ -312,13 +217,13 @@ def compare(directory: Path, recalibrate: Path | None, as_json: bool) -> None:
 
 @main.command()
 @click.argument("inputs", type=FILE, nargs=-1, required=True)
-@_out("The HTML file to write.")
+@output_file("The HTML file to write.")
 def report(inputs: tuple[Path, ...], output: Path) -> None:
     """Write one self-contained HTML page on plans and run directories; several are compared."""
     from profiles.files import write_text
     from reports.page import build_report
 
-    _spare(inputs, output)
+    spare(inputs, output)
     write_text(output, build_report(inputs))
     click.echo(f"wrote {output}")
 
@@ -340,7 +245,7 @@ def validate(runs: tuple[Path, ...], json_file: Path | None, page: Path | None) 
 
     written = [json_file, *((page / PAGE, page / FIGURE) if page else ())]
     for file in filter(None, written):
-        _spare(runs, file)
+        spare(runs, file)
         check_writable(file)
     with progress_bar("validate") as progress:
         outcomes = validate_runs(runs, progress)
@@ -356,7 +261,7 @@ def validate(runs: tuple[Path, ...], json_file: Path | None, page: Path | None) 
 
 @main.command()
 @click.argument("runs", type=FILE, nargs=-1)
-@_out("Write the scalars and bands here, as they are shipped.", required=False)
+@output_file("Write the scalars and bands here, as they are shipped.", required=False)
 def calibrate(runs: tuple[Path, ...], output: Path | None) -> None:
     """Fit the scalars of the stacks to published runs; without files, to those shipped here."""
     from layline.calibrate import calibrate as calibrate_runs
@@ -365,7 +270,7 @@ def calibrate(runs: tuple[Path, ...], output: Path | None) -> None:
     from profiles.files import canonical_json, check_writable, write_text
 
     if output is not None:
-        _spare(runs, output)
+        spare(runs, output)
         check_writable(output)
     with progress_bar("calibrate") as progress:
         found = calibrate_runs(runs, progress)
@@ -385,11 +290,11 @@ def bench(what: str, as_json: bool) -> None:
 
     with progress_bar("bench") as progress:
         figures, text = BENCHES[what](progress)
-    _print(figures, text, as_json)
+    print_as(figures, text, as_json)
 
 
 @main.command()
-@_out("A new directory for everything that the demo makes.", required=False)
+@output_file("A new directory for everything that the demo makes.", required=False)
 def demo(output: Path | None) -> None:
     """Walk the whole loop on this machine, small, on real text, ending with the report."""
     from layline.demo import demonstrate
@@ -401,26 +306,11 @@ def _show_profiles(files: Sequence[Path], output: Path | None, as_json: bool) ->
     """Print what the profiles in `files` say, and write a page about them to `output`."""
     from layline.profile import show
 
-    _spare(files, output)
+    spare(files, output)
     value, text = show(files, output, as_json)
-    _print(value, text, as_json)
+    print_as(value, text, as_json)
     if output is not None:
         click.echo(f"wrote {output}", err=as_json)
-
-
-def _is_given(name: str) -> bool:
-    """Return whether an option of the command that runs was given by the user."""
-    source = click.get_current_context().get_parameter_source(name)
-    return source is not click.core.ParameterSource.DEFAULT
-
-
-def _spare(inputs: Sequence[Path], output: Path | None) -> None:
-    """Raise InvalidInputError where writing `output` would overwrite one of `inputs`."""
-    from profiles.errors import InvalidInputError
-
-    files = [path / name for path in inputs for name in ("", "plan.json", "record.json")]
-    if output is not None and output.resolve() in [path.resolve() for path in files]:
-        raise InvalidInputError([f"{output}: is also read; name another file to write"])
 
 
 def _kept(directory: Path, num_steps: int) -> str:
@@ -433,13 +323,3 @@ def _kept(directory: Path, num_steps: int) -> str:
         f"{num_done} of {num_steps} steps are in {directory}/steps.jsonl, and there is no record; "
         "run it again, with a new folder for -o"
     )
-
-
-def _print(value: object, text: str, as_json: bool) -> None:
-    """Print `value` as canonical JSON, or `text`."""
-    from profiles.files import plain
-
-    if as_json:
-        click.echo(json.dumps(plain(value), sort_keys=True, indent=1, allow_nan=False))
-    else:
-        click.echo(text)

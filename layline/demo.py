@@ -7,7 +7,8 @@ from pathlib import Path
 import click
 
 from layline import __version__
-from layline.show import plan_text, progress_bar, search_summary
+from layline.plan_text import plan_text
+from layline.show import progress_bar
 from layline.walk import load_run, measure_profile, run_series
 from planner.cost import measured_costs
 from planner.plan import Plan, save_plan
@@ -59,11 +60,12 @@ def _plan(directory: Path) -> list[Plan]:
     write_text(job_path, (files("profiles") / "data" / "demo.toml").read_text(encoding="utf-8"))
     job = read_job(job_path, [f"cluster.ranks={num_ranks}", f"cluster.device={device}"])
     costs = measured_costs(job, profile, str(profile_path))
-    result = search(job, costs)
+    with progress_bar("plan") as progress:
+        result = search(job, costs, progress=progress)
     places = best_of_each_kind(result)[:MAX_RUNS]
     plans = [make_plan(job, costs, result, place, __version__) for place in places]
     save_plan(plans[0], directory / "plan.json")
-    click.echo(f"2. plan: {search_summary(result)}\n\n{plan_text(plans[0], 8)}\n")
+    click.echo(f"2. plan: the layouts of {num_ranks} ranks\n\n{plan_text(plans[0], 8)}\n")
     return plans
 
 

@@ -5,8 +5,7 @@ from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 
 from planner.plan import Plan
-from planner.search import SearchResult
-from reports.words import KIND_NAMES, duration, origin_text, size, stages_text
+from reports.words import KIND_NAMES, stages_text
 from simulator.timeline import Kind, Timeline
 
 
@@ -23,40 +22,6 @@ def progress_bar(what: str) -> Iterator[Callable[[float, str], None]]:
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task(what, total=1.0)
         yield lambda share, now: bar.update(task, completed=share, description=f"{what}: {now}")
-
-
-def plan_text(plan: Plan, num_shown: int) -> str:
-    """Return the outcome of a search: counts, ranking, bottleneck, rejections."""
-    from planner.lower import simulate_plan
-
-    num_rejected, rules = len(plan.rejections), _count_rules(plan)
-    shown = plan.ranking[:num_shown]
-    width = max(34, *(len(str(candidate.layout)) for candidate in shown))
-    lines = [
-        f"model {plan.model.name}  {plan.model.num_parameters / 1e6:,.1f} M parameters   "
-        f"workload {plan.workload.global_batch} x {plan.workload.seq_len} tokens a step, "
-        f"{plan.workload.dtype}",
-        f"cluster {plan.cluster.name}  {plan.cluster.num_ranks} ranks of "
-        f"{plan.profile.device.name}   {origin_text(plan)}",
-        f"best of {plan.num_layouts} layouts ({num_rejected} rejected{rules})",
-        "",
-        f"{'':2} {'layout':{width}} {'step':>10} {'P10 to P90':>21} {'tokens/s':>9} {'memory':>10}",
-    ]
-    for place, candidate in enumerate(shown):
-        step = candidate.step
-        rate = plan.workload.tokens_per_step / step.p50_ns * 1e9
-        band = f"{duration(step.p10_ns)} to {duration(step.p90_ns)}"
-        mark = ">" if place == plan.chosen else ""
-        lines.append(
-            f"{mark:2} {candidate.layout!s:{width}} {duration(step.p50_ns):>10} {band:>21} "
-            f"{rate:>9,.0f} {size(candidate.peak_bytes):>10}"
-            + (" extrapolated" if step.is_extrapolated else "")
-        )
-    lines += ["", f"bottleneck: {bottleneck(plan, simulate_plan(plan))}"]
-    lines += [f"rejected: {r.layout}: {r.reason}" for r in plan.rejections[:num_shown]]
-    if num_rejected > num_shown:
-        lines.append(f"rejected: and {num_rejected - num_shown} more, all in the plan file")
-    return "\n".join(lines)
 
 
 def bottleneck(plan: Plan, timeline: Timeline) -> str:
@@ -87,16 +52,3 @@ def shares(parts_ns: Mapping[str, int] | Mapping[Kind, int], total_ns: int) -> s
 
 def _compute(timeline: Timeline, rank: int) -> dict[str, int]:
     return {kind: ns for kind, ns in timeline.busy_ns(rank).items() if kind not in ("send", "wait")}
-
-
-def _count_rules(plan: Plan) -> str:
-    counts: dict[str, int] = {}
-    for rejection in plan.rejections:
-        counts[rejection.rule] = counts.get(rejection.rule, 0) + 1
-    text = ", ".join(f"{count} {rule}" for rule, count in sorted(counts.items()))
-    return f": {text}" if text else ""
-
-
-def search_summary(result: SearchResult) -> str:
-    """Return how many layouts were timed and how many rejected."""
-    return f"{len(result.ranking)} layouts timed, {len(result.rejections)} rejected"

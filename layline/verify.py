@@ -9,20 +9,20 @@ It is ended, and another one started, only when a plan drops out of the race.
 import math
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Literal, Protocol
 
 from layline import __version__
-from layline.walk import Progress, costs_for, ignore_progress, require_torch, run_series
+from layline.walk import Progress, ignore_progress, require_torch, run_series
 from planner.evaluate import Costs
 from planner.plan import Plan
 from planner.racing import Interval, Outcome, Race
 from planner.record import StepRecord, load_run
-from planner.search import Effort, SearchResult, make_plan, search
+from planner.search import SearchResult, make_plan
 from profiles.errors import InvalidInputError, UnsupportedError
-from profiles.job import Job, read_job
+from profiles.job import Job
 
 MAX_ROUNDS = 20
 BLOCK_NS = 2_000_000_000
@@ -102,27 +102,6 @@ def check_verifiable(job: Job) -> None:
             "it, or name another goal first"
         )
     require_torch("plan --verify")
-
-
-def verify_job(
-    job_path: Path,
-    overrides: Sequence[str],
-    num_plans: int,
-    effort: Effort,
-    progress: Progress = ignore_progress,
-) -> tuple[Plan, Verification]:
-    """Return the plan for a job file that is fastest here among the best `num_plans`, and the race.
-
-    Raises UnsupportedError, before anything is measured, for a job that is not for this machine.
-    """
-    job = read_job(job_path, overrides)
-    check_verifiable(job)
-    costs = costs_for(job, progress)
-    result = search(job, costs, effort, progress)
-    if result.is_interrupted:  # who stops a search does not wait for a race
-        plan, found = verify_best(job, costs, result, num_plans, progress, max_rounds=0)
-        return plan, replace(found, is_interrupted=True)
-    return verify_best(job, costs, result, num_plans, progress)
 
 
 def verify_best(

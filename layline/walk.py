@@ -12,11 +12,13 @@ from typing import Literal
 from layline import __version__
 from planner.cost import measured_costs
 from planner.evaluate import Costs
+from planner.explain import Searches
 from planner.lower import simulate_plan
 from planner.plan import Plan, StalePlanError, load_plan
 from planner.record import StepRecord, load_run
 from planner.reference.costs import reference_costs
-from planner.search import Effort, make_plan, search
+from planner.relax import smallest_relaxation
+from planner.search import Effort, InfeasibleError, SearchResult, make_plan, search
 from profiles.errors import InvalidInputError, UnsupportedError
 from profiles.files import canonical_json, digest, write_text
 from profiles.job import Job, read_job
@@ -27,6 +29,9 @@ from profiles.store import load_profile, make_room, stored_profile, stored_profi
 Device = Literal["auto", "cpu", "cuda"]
 Progress = Callable[[float, str], None]
 """Told of progress: a share of the work from 0 to 1, and what is going on."""
+DEFAULT_EFFORT = Effort()
+RELAXING = Effort(gap=0.5)
+"""Of searches that need to know only whether anything fits."""
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -95,7 +100,7 @@ def costs_for(job: Job, progress: Progress = ignore_progress) -> Costs:
     Measured where the job names a profile or is for this machine; elsewhere from published
     measurements.
     """
-    return costs_from(job, measured_for(job, progress))
+    return grounds_of(job, progress).costs
 
 
 def measured_for(job: Job, progress: Progress = ignore_progress) -> Measured | None:
@@ -115,12 +120,54 @@ def costs_from(job: Job, measured: Measured | None) -> Costs:
     return measured_costs(job, measured.profile, measured.where)
 
 
+@dataclass(frozen=True, kw_only=True)
+class Grounds:
+    """A job with what its layouts take, and the profile that this rests on, if any."""
+
+    job: Job
+    costs: Costs
+    measured: Measured | None
+
+    def plan(self, result: SearchResult, place: int = 0) -> Plan:
+        """Return the plan of a place of what was found."""
+        return make_plan(self.job, self.costs, result, place, __version__)
+
+    def world(self, effort: Effort) -> Searches:
+        """Return where layouts of this job, and of others like it, can be tried."""
+        return Searches(costs_of=lambda job: costs_from(job, self.measured), effort=effort)
+
+
+def grounds_of(job: Job, progress: Progress = ignore_progress) -> Grounds:
+    """Return what the layouts of `job` take; where no profile is kept, it is measured first."""
+    measured = measured_for(job, progress)
+    return Grounds(job=job, costs=costs_from(job, measured), measured=measured)
+
+
+def search_layouts(
+    grounds: Grounds, effort: Effort = DEFAULT_EFFORT, progress: Progress = ignore_progress
+) -> SearchResult:
+    """Return the best layouts of a job; where there are none, the error says what else would do."""
+    job = grounds.job
+    try:
+        return search(job, grounds.costs, effort, progress)
+    except InfeasibleError as error:
+        progress(0.0, "nothing fits; what would")
+        try:
+            relaxed = smallest_relaxation(job, grounds.world(RELAXING))
+        except KeyboardInterrupt:
+            raise error from None
+        raise InfeasibleError(f"{error}; {relaxed}") from None
+
+
 def plan_job(
-    job_path: Path, overrides: Sequence[str] = (), progress: Progress = ignore_progress
+    job_path: Path,
+    overrides: Sequence[str] = (),
+    progress: Progress = ignore_progress,
+    effort: Effort = DEFAULT_EFFORT,
 ) -> Plan:
     """Return the best plan for a job file; its ranking and rejections are in it."""
-    job = read_job(job_path, overrides)
-    return plan_with(job, costs_for(job, progress), Effort(), progress)
+    grounds = grounds_of(read_job(job_path, overrides), progress)
+    return grounds.plan(search_layouts(grounds, effort, progress))
 
 
 def plan_with(job: Job, costs: Costs, effort: Effort, progress: Progress = ignore_progress) -> Plan:
@@ -194,6 +241,7 @@ def _profile_changed(plan: Plan) -> str:
 
 __all__ = [
     "costs_for",
+    "grounds_of",
     "ignore_progress",
     "load_plan",
     "is_rank_of_torchrun",
@@ -206,5 +254,6 @@ __all__ = [
     "recalibrated",
     "require_torch",
     "run_series",
+    "search_layouts",
     "simulate_plan",
 ]

@@ -92,7 +92,7 @@ def account_of(job: Job, costs: Costs, layout: Layout, schedule: Schedule | None
     Raises UnsupportedError where nobody knows what it takes.
     """
     basis = basis_of(job, costs)
-    stages = costs.stages(layout)
+    stages = costs.stages(layout, () if schedule is None else schedule.homes.tolist())
     if schedule is None:
         (found,) = evaluate(basis, [layout])
         step, order = found.step, order_of(layout).sample()
@@ -109,7 +109,8 @@ def account_of(job: Job, costs: Costs, layout: Layout, schedule: Schedule | None
 
 def timed(basis: Basis, layout: Layout, schedule: Schedule) -> Candidate:
     """Return `layout` under an order that was made for it."""
-    return basis.candidate(layout, schedule, predict_step(schedule, basis.costs.stages(layout)))
+    stages = basis.costs.stages(layout, schedule.homes.tolist())
+    return basis.candidate(layout, schedule, predict_step(schedule, stages))
 
 
 def parts_ns(
@@ -145,13 +146,14 @@ def _short(layout: Layout) -> Schedule:
 
 def _tightest(basis: Basis, layout: Layout, schedule: Schedule) -> Tightest:
     memory = basis.memory(layout, schedule)
-    rank = max(range(len(memory)), key=lambda each: (memory[each].total, -each))
+    more = basis.more_bytes(layout.pp)
+    rank = max(range(len(memory)), key=lambda each: (memory[each].total - more[each], -each))
     homes = schedule.homes.tolist()
     return Tightest(
         rank=rank,
         stages=tuple(stage for stage, home in enumerate(homes) if home == rank),
         memory=memory[rank],
-        limit_bytes=basis.limit_bytes,
+        limit_bytes=basis.limit_bytes + more[rank],
     )
 
 
@@ -161,11 +163,13 @@ def dealt(layout: Layout, num_layers: int, costs: Costs) -> Layout:
         return replace(layout, stage_layers=(num_layers,), recompute_layers=())
     layout = replace(layout, stage_layers=(0,) * layout.num_stages, recompute_layers=())
     homes = homes_of(layout.pp, layout.stages_per_rank, SCHEDULES[layout.schedule].homes)
-    parts = costs.parts(layout)
+    parts = [costs.parts(layout, rank) for rank in range(layout.pp)]
     layer_ns, first_ns, last_ns = (
-        np.array([getattr(parts, f"{where}_forward") + getattr(parts, f"{where}_backward")])
+        np.array([[getattr(each, f"{where}_forward") + getattr(each, f"{where}_backward")
+                   for each in parts]])
         for where in ("layer", "first", "last")
-    )
+    )  # fmt: skip
+    first_ns, last_ns = first_ns[:, 0], last_ns[:, homes[-1]]
     layers = dealt_stages(num_layers, homes, layer_ns, first_ns, last_ns)[0].tolist()
     return replace(layout, stage_layers=tuple(layers))
 

@@ -1,10 +1,11 @@
 """Lower bounds of a step that no schedule can go below, for many layouts side by side.
 
-A rank cannot begin before the first micro-batch has come through the stages in front of it, has all
-of its work to do, and is not done before its last gradient has gone back through these stages: the
-step takes at least head + work + tail of each rank, plus what follows the pipeline. A backward
-that is split into halves shortens the tail, since the weight halves can be done after the gradient
-has gone back: then it is head + max(work, work without weight halves + tail). See docs/models.md.
+A rank cannot begin before the first micro-batch has come through the stages in front of it, and has
+all of its work to do; then its last gradient goes back through these stages, and the ranks that hold
+them are not done before: the step takes at least head + work + tail of each rank. What follows the
+pipeline comes behind the tail on the ranks that it reaches, behind the work on the rank itself. A
+backward that is split into halves shortens the tail, since the weight halves can be done after the
+gradient has gone back: then it is head + work without weight halves + tail. See docs/models.md.
 """
 
 from typing import NamedTuple
@@ -116,9 +117,11 @@ class Pipelines(NamedTuple):
 def pipelines(parts: Floats, layers: Int64, again: Int64 | int = 0) -> Pipelines:
     """Return the stages of R cases with `parts` [R, 20] (rows of `Parts`) and `layers` [R, S].
 
-    So many layers of each stage recompute, `again` [R, S].
+    Where stages lie on unlike GPUs `parts` is [R, S, 20]. So many layers of each stage recompute,
+    `again` [R, S].
     """
-    of: Parts = Parts(*parts.T[:, :, None])
+    by_name = np.moveaxis(parts if parts.ndim == 3 else parts[:, None], 2, 0)
+    of, send = Parts(*by_name), by_name[Parts._fields.index("send")]
     num_stages = layers.shape[1]
     is_first, is_last = np.arange(num_stages) == 0, np.arange(num_stages) == num_stages - 1
     messages = of.message_host * (2 - is_first - is_last) if num_stages > 1 else 0 * of.message_host
@@ -135,7 +138,15 @@ def pipelines(parts: Floats, layers: Int64, again: Int64 | int = 0) -> Pipelines
     )  # fmt: skip
     weight = layers * of.layer_weight + is_first * of.first_weight + is_last * of.last_weight
     weight = np.minimum(weight, backward)
-    return Pipelines(forward, backward, weight, parts[:, Parts._fields.index("send")])
+    return Pipelines(forward, backward, weight, send.min(axis=1))
+
+
+def parts_of_stages(parts: Floats, homes: Int64) -> Floats:
+    """Return `parts` of the pipeline ranks, [R, P, 20], as those of stages that live at `homes`.
+
+    Where there is one for all ranks, [R, 1, 20], it stands for all stages too.
+    """
+    return parts if parts.shape[1] == 1 else parts[:, homes]
 
 
 def ranks_ns(
@@ -147,12 +158,13 @@ def ranks_ns(
 ) -> Floats:
     """Return when each rank is done with the pipeline at the earliest, [R, P].
 
-    `homes` [S] says where the stages live, `num_microbatches` is [R]; `splits` says whether
-    backwards may be split. One stage on its own needs no bound: this is its time.
+    `homes` [S] says where the stages live, each rank's first stage behind that of the rank before
+    it; `num_microbatches` is [R]; `splits` says whether backwards may be split. One stage on its
+    own needs no bound: this is its time.
 
     >>> two = Pipelines(np.ones((1, 2)), 2 * np.ones((1, 2)), np.ones((1, 2)), np.zeros(1))
     >>> ranks_ns(np.arange(2), two, np.array([3]), splits=False).tolist()
-    [[9.0, 12.0]]
+    [[12.0, 10.0]]
     >>> ranks_ns(np.arange(2), two, np.array([3]), splits=True).tolist()
     [[9.0, 10.0]]
     """
@@ -160,13 +172,13 @@ def ranks_ns(
     crosses = np.concatenate(([0], homes[1:] != homes[:-1]))
     hop = stages.send[:, None] * crosses[None, :]
     back = stages.backward - stages.weight if splits else stages.backward
-    ahead = np.cumsum(stages.forward, axis=1) - stages.forward + np.cumsum(hop, axis=1)
-    behind = np.cumsum(back, axis=1) - back + np.cumsum(hop, axis=1)
     first = np.array([int(np.argmax(homes == rank)) for rank in range(num_ranks)])
+    ahead = (np.cumsum(stages.forward, axis=1) - stages.forward + np.cumsum(hop, axis=1))[:, first]
+    behind = (np.cumsum(back, axis=1) - back + np.cumsum(hop, axis=1))[:, first]
     is_home = (homes[:, None] == np.arange(num_ranks)).astype(np.float64)
     m = num_microbatches[:, None]
-    work = m * ((stages.forward + stages.backward) @ is_home)
-    if splits:
-        others = work - m * (stages.weight @ is_home)
-        return np.asarray(ahead[:, first] + np.maximum(work, others + behind[:, first]))
-    return np.asarray(ahead[:, first] + work + behind[:, first])
+    done = ahead + m * ((stages.forward + stages.backward) @ is_home)
+    # When the last gradient of each rank, and of those behind it, has come to the first stage.
+    through = ahead + m * ((stages.forward + back) @ is_home) + behind
+    latest = np.maximum.accumulate(through[:, ::-1], axis=1)[:, ::-1]
+    return np.asarray(np.maximum(done, latest - behind))

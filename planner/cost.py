@@ -124,7 +124,7 @@ class CostModel:
         """Return what a rank holds that has done nothing yet, as it was measured."""
         return self.table.profile.context_bytes
 
-    def parts(self, layout: Layout) -> Parts:
+    def parts(self, layout: Layout, _rank: int = 0) -> Parts:
         """Return what a micro-batch takes a layer, at the ends of the model and between stages.
 
         How `layout` splits its layers into stages and shards its states does not matter.
@@ -173,7 +173,7 @@ class CostModel:
             model=self.model, tp=layout_tp, micro_batch=micro_batch, seq_len=self.workload.seq_len
         )
 
-    def stages(self, layout: Layout) -> tuple[StageCost, ...]:
+    def stages(self, layout: Layout, _homes: Sequence[int] = ()) -> tuple[StageCost, ...]:
         """Return the costs of every stage of `layout`."""
         shape = self.shape(layout.tp, layout.micro_batch)
         layer, edges = self.layer(shape), self.edges(shape)
@@ -348,6 +348,13 @@ def _check_supported(job: Job, profile: Profile) -> None:
             f"model {job.model.name} has {job.model.norm}, {job.model.mlp} and "
             f"{job.model.positions} positions; the cost model covers LLaMA-like decoders "
             "(rmsnorm, swiglu, rope, no biases)"
+        )
+    if job.stack.is_changed:
+        raise UnsupportedError(
+            f"stack {job.stack.name} keeps gradients, weights or moments otherwise, or elsewhere; "
+            "measured are kernels of our own executor, which keeps all in the dtype of the run and "
+            "on its device: leave these keys out of [stack] and [search], or plan for a cluster "
+            "preset without a profile"
         )
     wanted = job.cluster.local_device
     if wanted and profile.device.kind != wanted:

@@ -57,7 +57,8 @@ def _jittered(basis: Basis, candidate: Candidate, made: Schedule | None, seed: i
         return candidate
     schedule = order.whole() if order is not None else made
     assert schedule is not None
-    times = stage_times(schedule, [basis.costs.stages(layout)]).lane(MEDIAN)
+    costs = basis.costs.stages(layout, schedule.homes.tolist())
+    times = stage_times(schedule, [costs]).lane(MEDIAN)
     seeds = [(seed * NUM_DRAWS + draw) % (1 << 32) for draw in range(NUM_DRAWS)]
     jitters = [Jitter(seed=each, compute_spread=SPREAD, message_spread=SPREAD) for each in seeds]
     drawn = step_ns(schedule, times, jitters=jitters).astype(np.float64)

@@ -49,5 +49,10 @@ def _recomputed_share(setup: Setup) -> float:
 
 
 def peak_flops_per_s(setup: Setup) -> float:
-    """Return the dense peak of one GPU in the dtype of the run."""
-    return setup.cluster.pools[0].gpu.peak_flops_per_s[setup.workload.dtype]
+    """Return the dense peak of one GPU in the dtype of the run, the mean where they differ."""
+    pools, dtype = setup.cluster.pools, setup.workload.dtype
+    peaks = [pool.gpu.peak_flops_per_s[dtype] for pool in pools]
+    if len(set(peaks)) == 1:
+        return peaks[0]
+    each = zip(peaks, pools, strict=True)
+    return sum(peak * pool.num_gpus for peak, pool in each) / setup.cluster.num_ranks

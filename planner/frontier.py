@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from planner.bounds import ROUNDING_NS, Parts, pipelines, ranks_ns
+from planner.bounds import ROUNDING_NS, Parts, parts_of_stages, pipelines, ranks_ns
 from planner.evaluate import Basis
 from planner.memory import least_memory
 from planner.partition import dealt_stages, homes_of
@@ -15,23 +15,28 @@ from planner.plan import Rejection
 from planner.space import Pipeline, Space, Start
 from profiles.quantity import format_quantity
 
-MAX_EXAMPLES = 200
-"""Rejections that are told in words; all are counted."""
+MAX_EXAMPLES = 50
+"""Rejections by one rule that are told in words; all are counted."""
 
 
 @dataclass
 class Tally:
-    """What became of the layouts: rejected by a rule, bounded away, timed or still open."""
+    """What became of the layouts: rejected by a rule, bounded away, timed or still open.
+
+    `told` counts the examples of each rule.
+    """
 
     rejected: Counter[str] = field(default_factory=Counter)
     examples: list[Rejection] = field(default_factory=list)
+    told: Counter[str] = field(default_factory=Counter)
     num_bounded: int = 0
     num_timed: int = 0
 
     def reject(self, rejection: Rejection, count: int = 1) -> None:
         """Count `count` layouts that are no choice, for the reason of `rejection`."""
         self.rejected[rejection.rule] += count
-        if len(self.examples) < MAX_EXAMPLES:
+        if self.told[rejection.rule] < MAX_EXAMPLES:
+            self.told[rejection.rule] += 1
             self.examples.append(rejection)
 
     def reject_more(self, rule: str, count: int) -> None:
@@ -53,7 +58,7 @@ class _Row(NamedTuple):
     """A start on its way to a bound."""
 
     start: Start
-    parts: Parts
+    parts: tuple[Parts, ...]
     least_bytes: int
     num_layouts: int
 
@@ -64,10 +69,10 @@ def frontier(space: Space, basis: Basis, tally: Tally) -> list[Bounded]:
     The stages of all starts of a shape are dealt, timed and bounded side by side.
     """
     alike: dict[tuple[int, Pipeline], list[_Row]] = {}
-    parts: dict[tuple[object, ...], Parts] = {}
+    parts: dict[tuple[object, ...], tuple[Parts, ...]] = {}
     for start, least_bytes, num_layouts in _possible(space, basis, tally):
         if start.work not in parts:
-            parts[start.work] = basis.costs.parts(start.layout())
+            parts[start.work] = basis.parts(start.layout())
         row = _Row(start, parts[start.work], least_bytes, num_layouts)
         alike.setdefault((start.degrees.pp, start.pipeline), []).append(row)
     found: list[Bounded] = []
@@ -87,6 +92,8 @@ def _possible(space: Space, basis: Basis, tally: Tally) -> Iterator[tuple[Start,
         if not shardings:
             tally.reject(space.no_sharding(degrees))
             continue
+        # The fullest rank may be one of those with most memory.
+        more_bytes = max(basis.more_bytes(degrees.pp))
         pipelines_of, refused = space.pipelines(degrees)
         _reject(tally, refused)
         for pipeline in pipelines_of:
@@ -94,7 +101,7 @@ def _possible(space: Space, basis: Basis, tally: Tally) -> Iterator[tuple[Start,
             num_layouts = shardings * len(pipeline.schedules)
             _reject(tally, refused, num_layouts)
             for start in starts:
-                need_bytes = _least_bytes(basis, space, start, known)
+                need_bytes = _least_bytes(basis, space, start, known) - more_bytes
                 if need_bytes > basis.limit_bytes:
                     tally.reject(_too_large(start, need_bytes, basis.limit_bytes), num_layouts)
                 else:
@@ -118,20 +125,22 @@ def _too_large(start: Start, need_bytes: int, limit_bytes: int) -> Rejection:
 def _bounded(basis: Basis, pp: int, pipeline: Pipeline, rows: Sequence[_Row]) -> Iterator[Bounded]:
     """Yield the starts of one pipeline with their stages and bounds."""
     parts = np.array([row.parts for row in rows])
-    of = dict(zip(Parts._fields, parts.T, strict=True))
+    of = dict(zip(Parts._fields, np.moveaxis(parts, 2, 0), strict=True))
     homes = homes_of(pp, pipeline.stages_per_rank, pipeline.homes)
+    last = homes[-1] % parts.shape[1]
     layers = dealt_stages(
         basis.costs.model.num_layers,
         homes,
         of["layer_forward"] + of["layer_backward"],
-        of["first_forward"] + of["first_backward"],
-        of["last_forward"] + of["last_backward"],
+        (of["first_forward"] + of["first_backward"])[:, 0],
+        (of["last_forward"] + of["last_backward"])[:, last],
     )
     m = np.array([row.start.num_microbatches for row in rows])
-    ends = ranks_ns(homes, pipelines(parts, layers), m, splits=pipeline.splits)
-    bounds = ends.max(axis=1) + of["step"] - ROUNDING_NS * len(homes) * m
-    for row, bound, stages in zip(rows, bounds.tolist(), layers.tolist(), strict=True):
-        yield Bounded(bound, row.least_bytes, row.start, tuple(stages), row.num_layouts)
+    stages = pipelines(parts_of_stages(parts, homes), layers)
+    ends = ranks_ns(homes, stages, m, splits=pipeline.splits)
+    bounds = ends.max(axis=1) + of["step"].min(axis=1) - ROUNDING_NS * len(homes) * m
+    for row, bound, held in zip(rows, bounds.tolist(), layers.tolist(), strict=True):
+        yield Bounded(bound, row.least_bytes, row.start, tuple(held), row.num_layouts)
 
 
 def _least_bytes(

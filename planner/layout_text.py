@@ -11,9 +11,10 @@ from dataclasses import dataclass, field, replace
 from typing import Any, NamedTuple, get_args
 
 from planner.account import dealt
-from planner.evaluate import Costs
+from planner.evaluate import Costs, basis_of
 from planner.layout import AXES, DEFAULT_ORDER, Layout
 from planner.orders import MAX_CELLS
+from planner.pools import misfit
 from planner.schedules import SCHEDULES
 from planner.space import SYNTHESISED, divisors, options
 from profiles.errors import InvalidInputError, Problem
@@ -63,7 +64,7 @@ def parse_layout(text: str, job: Job, costs: Costs, known: Iterable[Layout] = ()
             return layout
     words, findings = _read(text)
     _refuse(text, findings)
-    for check in (_degrees, _sizes, _batch, _pipeline, _options):
+    for check in (_degrees, _pools, _sizes, _batch, _pipeline, _options):
         _refuse(text, list(check(words, job, costs)))
     return _completed(words, job, costs)
 
@@ -176,6 +177,15 @@ def _degrees(words: _Words, job: Job, _costs: Costs) -> _Findings:
         fix = f"write dp={ranks // others}, or leave dp out"
         yield _Finding(f"dp x {names}", found, rule, fix)
     words.numbers.setdefault("dp", max(1, ranks // others))
+
+
+def _pools(words: _Words, job: Job, costs: Costs) -> _Findings:
+    """Check that every stage lies in one pool of GPUs, where these differ."""
+    stage_ranks = math.prod(words.number(axis) for axis in ("dp", "cp", "tp"))
+    order = words.choices.get("order", DEFAULT_ORDER)
+    if reason := misfit(basis_of(job, costs).pools, stage_ranks, order):
+        rule = f"must keep every stage in one pool of cluster {job.cluster.name}: {reason}"
+        yield _Finding("pp", str(words.number("pp")), rule, "take more stages, and the usual order")
 
 
 def _sizes(words: _Words, job: Job, costs: Costs) -> _Findings:

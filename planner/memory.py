@@ -19,7 +19,7 @@ from planner.activations import (
 from planner.layout import Layout
 from planner.plan import PeakMemory
 from profiles.model import ModelSpec
-from profiles.stack import Recompute, StackSpec
+from profiles.stack import Recompute, Sharding, StackSpec
 from profiles.workload import Workload
 from simulator.schedule import STAGE_MASK, STAGE_SHIFT, Codes, Schedule
 
@@ -124,61 +124,112 @@ class _Weights(NamedTuple):
         return cls(num_layers * layer + ends, num_layers * routed, max(layer + routed, ends))
 
 
-class _States(NamedTuple):
-    """What one rank holds in any case, and what its update of the weights takes on top."""
+class _Shares(NamedTuple):
+    """How replicas share the states of a stage, of parameters of `element` bytes.
 
-    num_parameters: int
+    The widths are those of `StackSpec`, in bytes a parameter, with the defaults filled in.
+    """
+
+    sharding: Sharding
+    ranks: int
+    replicas: int
+    ep: int
+    element: int
+    gradient: int
+    reduction: int
+    master: int
+    moments: int
+    bucket_bytes: int
+    is_flat: bool
+    offloads: bool
+
+    @classmethod
+    def of(cls, layout: Layout, element: int, stack: StackSpec) -> Self:
+        """Return the shares of `layout` under `stack`."""
+        return cls(
+            sharding=layout.sharding,
+            ranks=layout.shard_ranks,
+            replicas=layout.replicas,
+            ep=layout.ep,
+            element=element,
+            gradient=stack.gradient_bytes or element,
+            reduction=stack.reduction_bytes or element,
+            master=stack.master_bytes,
+            moments=stack.moment_bytes or 2 * element,
+            bucket_bytes=stack.gradient_bucket_bytes,
+            is_flat=stack.uses_flat_buffers,
+            offloads=stack.offloads_optimizer,
+        )
+
+
+class _States(NamedTuple):
+    """What one rank holds in any case, and what its update of the weights takes on top.
+
+    `host` is what the host holds for it.
+    """
+
     parameters: int
     gradients: int
     optimizer: int
     buffers: int
     update: int
-
-    @classmethod
-    def of(cls, weights: _Weights, element: int, layout: Layout, stack: StackSpec) -> Self:
-        """Return the states of a rank with `weights`, in elements of `element` bytes.
-
-        Under zero3 the master copy is what is sharded and gathered, where there is one. An update
-        of a master copy from gradients in another dtype converts its shard of them.
-        """
-        stage = ("none", "zero1", "zero2", "zero3").index(layout.sharding)
-        shard, whole = layout.shard_ranks, weights.whole
-        share = weights.dense // shard + weights.experts // max(shard // layout.ep, 1)
-        gradient, master = stack.gradient_bytes or element, stack.master_bytes
-        parameters = whole if stage < 3 else 0 if master else share
-        converted = 4 * share if master and gradient != 4 else 0
-        return cls(
-            num_parameters=whole,
-            parameters=parameters * element,
-            gradients=(whole if stage < 2 else share) * gradient,
-            optimizer=share * (master + (stack.moment_bytes or 2 * element)),
-            buffers=_bucket_bytes(weights, element, layout, stack),
-            update=converted + _gathered_bytes(whole, share, element, layout, stack),
-        )
+    host: int
 
 
-def _bucket_bytes(weights: _Weights, element: int, layout: Layout, stack: StackSpec) -> int:
+@lru_cache(maxsize=1 << 16)
+def _states(weights: _Weights, by: _Shares) -> _States:
+    """Return the states of a rank with `weights`.
+
+    Under zero3 the master copy is what is sharded and gathered, where there is one on the GPU. An
+    update of a master copy from gradients in another dtype converts its shard of them. A host that
+    does the update holds its own copy of parameters, moments and gradients.
+    """
+    stage = ("none", "zero1", "zero2", "zero3").index(by.sharding)
+    whole = weights.whole
+    share = weights.dense // by.ranks + weights.experts // max(by.ranks // by.ep, 1)
+    is_master_here = by.master > 0 and not by.offloads
+    parameters = whole if stage < 3 else 0 if is_master_here else share
+    converted = 4 * share if is_master_here and by.gradient != 4 else 0
+    host = share * ((by.master or by.element) + by.moments + by.gradient)
+    return _States(
+        parameters=parameters * by.element,
+        gradients=(whole if stage < 2 else share) * by.gradient,
+        optimizer=0 if by.offloads else share * (by.master + by.moments),
+        buffers=_bucket_bytes(weights, by) + _staging_bytes(share, by),
+        update=converted + _gathered_bytes(whole, share, by),
+        host=host if by.offloads else 0,
+    )
+
+
+def _bucket_bytes(weights: _Weights, by: _Shares) -> int:
     """Return the buffers of the traffic among replicas.
 
     Under zero2 and zero3 two units are in whole at a time, one in use and one on its way: their
     gradients, and under zero3 their parameters. Otherwise it is one bucket in each direction, or
     without flat buffers all buckets of the gradients.
     """
-    if layout.sharding in ("zero2", "zero3"):
-        width = (stack.reduction_bytes or element) + (element if layout.sharding == "zero3" else 0)
+    if by.sharding in ("zero2", "zero3"):
+        width = by.reduction + (by.element if by.sharding == "zero3" else 0)
         return 2 * weights.largest_unit * width
-    if not stack.uses_flat_buffers:
-        return weights.whole * element if layout.replicas > 1 else 0
-    if layout.shard_ranks == 1:
+    if not by.is_flat:
+        return weights.whole * by.element if by.replicas > 1 else 0
+    if by.ranks == 1:
         return 0
-    return 2 * min(stack.gradient_bucket_bytes, weights.whole * element)
+    return 2 * min(by.bucket_bytes, weights.whole * by.element)
 
 
-def _gathered_bytes(whole: int, share: int, element: int, layout: Layout, stack: StackSpec) -> int:
+def _staging_bytes(share: int, by: _Shares) -> int:
+    """Return a bucket of gradients on its way to the host, and one of parameters on the way up."""
+    if not by.offloads:
+        return 0
+    return min(by.bucket_bytes, share * by.gradient) + min(by.bucket_bytes, share * by.element)
+
+
+def _gathered_bytes(whole: int, share: int, by: _Shares) -> int:
     """Return the copy into which updated shards are gathered where buffers are not flat."""
-    if stack.uses_flat_buffers or layout.sharding in ("none", "zero3") or layout.shard_ranks == 1:
+    if by.is_flat or by.sharding in ("none", "zero3") or by.ranks == 1:
         return 0
-    return (whole + share) * element
+    return (whole + share) * by.element
 
 
 def _working_bytes(model: ModelSpec, size: Sizes, layout: Layout, stack: StackSpec) -> int:
@@ -237,7 +288,8 @@ class Held(NamedTuple):
     `temporary` is the largest short-lived working set: of one layer's backward; on the last stage
     of the loss, logits in fp32 and their gradient; and, where gradients are accumulated in another
     dtype than they are made in, all that the last backward has made by its end, when the
-    activations of its micro-batch are gone. `slack` is `StackSpec.allocator_slack`.
+    activations of its micro-batch are gone. `slack` is `StackSpec.allocator_slack`,
+    and `host` what the host holds for the rank.
     """
 
     parameters: int
@@ -248,6 +300,7 @@ class Held(NamedTuple):
     update: int
     context: int
     slack: float
+    host: int = 0
 
     @property
     def static(self) -> int:
@@ -269,8 +322,10 @@ class Held(NamedTuple):
             reserve=round(self.slack * in_use),
         )
 
-    def room(self, limit_bytes: int) -> int:
+    def room(self, limit_bytes: int, host_bytes: int = 0) -> int:
         """Return the activations that the rank has room for, negative where not even for its rest.
+
+        `host_bytes` is its share of the host's memory.
 
         >>> held = Held(10, 10, 20, 0, 5, 0, 1, 0.1)
         >>> held.room(100), held.peak(held.room(100)).total
@@ -278,7 +333,8 @@ class Held(NamedTuple):
         """
         in_use = int((limit_bytes - self.context) / (1 + self.slack) + 1e-6)
         left = in_use - self.static
-        return left - self.temporary if left >= self.update else -1
+        fits = left >= self.update and self.host <= host_bytes
+        return left - self.temporary if fits else -1
 
 
 class RankMemory:
@@ -321,9 +377,10 @@ class RankMemory:
     def held(self, layout: Layout, context_bytes: int) -> tuple[Held, ...]:
         """Return what each kind of rank holds beside activations."""
         waits = self._accumulates and layout.sharding in ("none", "zero1")
+        shares = _Shares.of(layout, self._element, self._stack)
         found = []
         for weights, working, made in self._kinds:
-            states = _States.of(weights, self._element, layout, self._stack)
+            states = _states(weights, shares)
             found.append(
                 Held(
                     parameters=states.parameters,
@@ -334,6 +391,7 @@ class RankMemory:
                     update=states.update,
                     context=context_bytes,
                     slack=self._stack.allocator_slack,
+                    host=states.host,
                 )
             )
         return tuple(found)
@@ -377,7 +435,7 @@ def least_memory(
     layer = layer_of(model, size, stack)
     kept = min(layer.kept(kind, stack.selective) for kind in kinds)
     weights = _Weights.of(model, layout, num_layers, is_first=False, is_last=False)
-    states = _States.of(weights, size.element, layout, stack)
+    states = _states(weights, _Shares.of(layout, size.element, stack))
     held = states.parameters + states.gradients + states.optimizer
     working = size.element * 3 * size.rows * size.ffn
     in_use = held + num_layers // layout.stages_per_rank * kept + working

@@ -29,27 +29,35 @@ def homes_of(num_ranks: int, stages_per_rank: int, shape: Homes) -> Int64:
 def deal(num_layers: int, layer_ns: Floats, extra_ns: Floats, least: int = 1) -> Int64:
     """Return how many of `num_layers` equal layers each of P places takes, [R, P], for R cases.
 
-    A place with n layers takes n `layer_ns` [R] + `extra_ns` [R, P], and has `least` layers at
-    least. The slowest place is as fast as it can be: the counts start where all would be equal if
-    layers could be cut, and each further layer goes where the place stays fastest (or leaves the
-    slowest). In the end no place is slower than any other with a layer more, which no other
-    division betters, since layers are equal. Ties go to later places, which keep fewer
-    micro-batches alive under 1F1B.
+    A place with n layers takes n `layer_ns` [R], or [R, P] where places differ, + `extra_ns`
+    [R, P], and has `least` layers at least. The slowest place is as fast as it can be: the counts
+    start where all would be equal if layers could be cut, at (layers + sum of extra / layer) / (sum
+    of 1 / layer), and each further layer goes where the place stays fastest (or leaves the
+    slowest). In the end no place that could have fewer layers is slower than any other with a layer
+    more, which no other division betters. Ties go to later places, which keep fewer micro-batches
+    alive under 1F1B.
 
     >>> deal(9, np.array([10.0]), np.array([[0.0, 0.0, 0.0, 12.0]])).tolist()
     [[2, 3, 3, 1]]
+    >>> deal(9, np.array([[10.0, 20.0]]), np.zeros((1, 2))).tolist()
+    [[6, 3]]
     """
     cases, places = np.arange(len(extra_ns)), extra_ns.shape[1]
     if num_layers < least * places:
         raise ValueError(f"{num_layers} layers for {places} places of {least} layers at least")
-    layer = np.maximum(layer_ns, 1e-9)[:, None]
-    level = (num_layers * layer + extra_ns.sum(axis=1, keepdims=True)) / places
+    layer = np.maximum(layer_ns, 1e-9).reshape(len(extra_ns), -1)
+    layer = np.broadcast_to(layer, extra_ns.shape)
+    # In layers of the first place, of which others count for more or less.
+    first, worth = layer[:, :1], layer[:, :1] / layer
+    level = (num_layers * first + (extra_ns * worth).sum(axis=1, keepdims=True)) / worth.sum(
+        axis=1, keepdims=True
+    )
     counts = np.maximum(np.floor((level - extra_ns) / layer), least).astype(np.int64)
     while (missing := num_layers - counts.sum(axis=1)).any():
         cost = counts * layer + extra_ns
         gains, loses = missing > 0, missing < 0
         # The last place among equals, in the order of the places.
-        fastest = places - 1 - np.argmin(cost[:, ::-1], axis=1)
+        fastest = places - 1 - np.argmin((cost + (layer - first))[:, ::-1], axis=1)
         slowest = np.argmax(np.where(counts > least, cost, -np.inf), axis=1)
         counts[cases[gains], fastest[gains]] += 1
         counts[cases[loses], slowest[loses]] -= 1
@@ -67,7 +75,8 @@ def dealt_stages(
     """Return the layers of each stage, [R, S], for R cases of stages that live at `homes` [S].
 
     The slowest rank is as fast as it can be, and so is the slowest stage of each rank. The first
-    stage also takes `first_ns` [R], the last one `last_ns` [R]; `layer_ns` is [R].
+    stage also takes `first_ns` [R], the last one `last_ns` [R]; `layer_ns` is [R], or [R, P] where
+    the P ranks differ.
 
     >>> one = np.ones(1)
     >>> dealt_stages(9, homes_of(2, 2, "v"), one, 0 * one, 2 * one).tolist()
@@ -80,13 +89,14 @@ def dealt_stages(
     extra[:, -1] += last_ns
     stages = np.argsort(homes, kind="stable").reshape(num_ranks, chunks)
     by_rank = extra[:, stages]
+    layer_ns = np.broadcast_to(layer_ns.reshape(len(layer_ns), -1), by_rank.shape[:2])
     totals = deal(num_layers, layer_ns, by_rank.sum(axis=2), least * chunks)
     counts = np.empty((len(layer_ns), len(homes)), np.int64)
     for rank, own in enumerate(stages):
         for total in np.unique(totals[:, rank]):
             cases = totals[:, rank] == total
             counts[np.ix_(cases, own)] = deal(
-                int(total), layer_ns[cases], by_rank[cases, rank], least
+                int(total), layer_ns[cases, rank], by_rank[cases, rank], least
             )
     return counts
 

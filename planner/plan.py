@@ -148,6 +148,20 @@ class Certificate:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class Variant:
+    """One of the jobs that were searched where a job left numerics or software open.
+
+    `best` is its best layout; where there is none, `reason` says why. The plan and its ranking are
+    those of the chosen one.
+    """
+
+    name: str
+    is_chosen: bool
+    best: Candidate | None
+    reason: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class ProfileReference:
     """Which profile the costs came from, and where it is kept.
 
@@ -199,6 +213,7 @@ class Plan:
     front: tuple[int, ...]
     rejections: tuple[Rejection, ...]
     certificate: Certificate
+    variants: tuple[Variant, ...]
     section_digests: Mapping[str, str]
     plan_digest: str
 

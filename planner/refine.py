@@ -38,15 +38,14 @@ NOTHING_REFINED = Refined((), (), {})
 
 
 class _Placement(NamedTuple):
-    """Where stages live: a schedule of one micro-batch, and what each rank holds under it."""
+    """Where stages live: a schedule of one micro-batch, and what each rank holds under it.
+
+    `need_bytes` is the least that any order needs on the fullest rank.
+    """
 
     single: Schedule
     memory: tuple[PeakMemory, ...]
-
-    @property
-    def need_bytes(self) -> int:
-        """The least that any order needs on the fullest rank."""
-        return max(rank.total for rank in self.memory)
+    need_bytes: int
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -154,7 +153,8 @@ def _placements(basis: Basis, layout: Layout) -> list[_Placement]:
             single = family.build(layout.pp, 1, layout.stages_per_rank)
             key = single.homes.tobytes()
             if key not in found:
-                found[key] = _Placement(single, basis.memory(layout, single))
+                memory = basis.memory(layout, single)
+                found[key] = _Placement(single, memory, basis.peak_bytes(memory))
     return list(found.values())
 
 
@@ -171,13 +171,16 @@ def _num_trials(case: _Case, work: int, num_cases: int) -> int:
 
 def _made(basis: Basis, case: _Case, num_trials: int, seed: int) -> tuple[Candidate, Schedule]:
     """Return the fastest order of `case`, and what the layout is under it."""
-    costs = basis.costs.stages(case.layout)
     activations = stage_activation_bytes(
         basis.costs.model, basis.costs.workload, case.layout, basis.costs.stack
     )
-    found = []
-    for single, memory in case.placements:
-        room = (basis.limit_bytes - rank.total + rank.activations for rank in memory)
+    more_bytes, found = basis.more_bytes(case.layout.pp), []
+    for single, memory, _ in case.placements:
+        costs = basis.costs.stages(case.layout, single.homes.tolist())
+        room = (
+            basis.limit_bytes + more - rank.total + rank.activations
+            for rank, more in zip(memory, more_bytes, strict=True)
+        )
         schedule = synthesise(
             stage_times(single, [costs]).lane(MEDIAN),
             case.layout.num_microbatches,

@@ -18,7 +18,7 @@ from planner.layout import Layout
 from planner.lower import predict_order, predict_steps
 from planner.objectives import broken_limit, cost, facts_of, front
 from planner.orders import order_of, sample_of
-from planner.plan import PLAN_SCHEMA_VERSION, Candidate, Certificate, Plan, Rejection, seal
+from planner.plan import PLAN_SCHEMA_VERSION, Candidate, Certificate, Plan, Rejection, Variant, seal
 from planner.refine import NOTHING_REFINED, refine
 from planner.space import SYNTHESISED, Space
 from planner.trial import Timed, Trials
@@ -56,7 +56,8 @@ class SearchResult:
 
     `orders` holds the schedules that were made for a layout; all others are built by their name.
     `front` are the places that no other betters in all objectives; `is_interrupted` says that the
-    search was stopped by hand.
+    search was stopped by hand. `variants` are told of where there were several, of which these are
+    the layouts of the chosen one.
     """
 
     ranking: tuple[Candidate, ...]
@@ -65,6 +66,7 @@ class SearchResult:
     front: tuple[int, ...] = (0,)
     orders: Mapping[Layout, Schedule] = field(default_factory=dict)
     is_interrupted: bool = False
+    variants: tuple[Variant, ...] = ()
 
     def schedule(self, place: int) -> Schedule:
         """Return the schedule of a place in the ranking."""
@@ -74,11 +76,17 @@ class SearchResult:
 
 
 class _Judge:
-    """Says what is better, and what cannot be: the goal of a job, and the best found so far."""
+    """Says what is better, and what cannot be: the goal of a job, and the best found so far.
 
-    def __init__(self, job: Job) -> None:
+    Of one objective `at_most` is what is reached elsewhere: once something is found, nothing above
+    it is of use.
+    """
+
+    def __init__(self, job: Job, at_most: float = math.inf) -> None:
         self.goal, self.facts = job.goal, facts_of(job)
+        self.at_most = at_most if len(job.goal.objectives) == 1 else math.inf
         self.found: list[Timed] = []
+        self.let_go = math.inf
         self._costs: list[tuple[float, ...]] = []
 
     def costs(self, step_ns: float, peak_bytes: float) -> tuple[float, ...]:
@@ -89,10 +97,19 @@ class _Judge:
         """Return which limit of the job is broken, empty if none."""
         return broken_limit(self.goal, self.facts, step_ns, peak_bytes)
 
-    def is_hopeless(self, step_ns: float, peak_bytes: float) -> bool:
-        """Return whether what takes so much at least can be left out."""
+    def is_hopeless(self, step_ns: float, peak_bytes: float, gap: float = 0.0) -> bool:
+        """Return whether what takes so much at least can be left out.
+
+        Of one objective also what could be better by no more than `gap`; the least of it is
+        remembered, since it is all that is known of the best.
+        """
         asked = self.costs(step_ns, peak_bytes)
         if any(all(map(float.__lt__, best, asked)) for best in self._costs):
+            return True
+        if self._costs and asked[0] > self.at_most:
+            return True
+        if gap and len(asked) == 1 and asked[0] >= (1 - gap) * self.best:
+            self.let_go = min(self.let_go, asked[0])
             return True
         return bool(self.breaks_limit(step_ns, peak_bytes))
 
@@ -108,7 +125,8 @@ class _Judge:
     @property
     def best(self) -> float:
         """The first objective of the best layout, infinite where there is none."""
-        return min((costs[0] for costs in self._costs), default=math.inf)
+        found = min((costs[0] for costs in self._costs), default=math.inf)
+        return min(found, self.at_most) if self._costs else math.inf
 
 
 def ignore_progress(_share: float, _what: str) -> None:
@@ -116,17 +134,19 @@ def ignore_progress(_share: float, _what: str) -> None:
 
 
 def search(
-    job: Job, costs: Costs, effort: Effort = Effort(), progress: Progress = ignore_progress
-) -> SearchResult:
+    job: Job, costs: Costs, effort: Effort = Effort(), progress: Progress = ignore_progress,
+    at_most: float = math.inf,
+) -> SearchResult:  # fmt: skip
     """Return the best layouts of the job's ranks by its goal, timed by `costs`.
 
     First come the layouts with a named schedule; then, where that is asked for, the best of them
     with an order of their own. Ties go to the shorter step, then to less memory, then to the
-    layout's text. The same job gives the same result unless a budget of time ends it. Raises
+    layout's text. The same job gives the same result unless a budget of time ends it. What another
+    job has reached of the first objective, `at_most`, saves the search for what is worse. Raises
     InfeasibleError when nothing fits.
     """
     started = time.monotonic()
-    basis, tally, judge = basis_of(job, costs), Tally(), _Judge(job)
+    basis, tally, judge = basis_of(job, costs), Tally(), _Judge(job, at_most)
     space = Space(job, costs)
     trials = Trials(space, basis, tally)
     progress(0.0, "bounds")
@@ -172,7 +192,7 @@ def _tried(
             continue
         progress(*_progress(judge.best, least, place / len(queue), tally.num_timed))
         try:
-            _try_start(bounded, trials, judge)
+            _try_start(bounded, trials, judge, effort.gap if place >= MANY else 0.0)
         except KeyboardInterrupt:
             if not judge.found:
                 raise
@@ -180,13 +200,13 @@ def _tried(
     return [], False
 
 
-def _try_start(bounded: Bounded, trials: Trials, judge: _Judge) -> None:
+def _try_start(bounded: Bounded, trials: Trials, judge: _Judge, gap: float) -> None:
     """Time the layouts of one start; a few are timed whatever they can be worth."""
 
     def is_hopeless(step_ns: float, peak_bytes: float) -> bool:
         if trials.tally.num_timed < FEW:
             return bool(judge.breaks_limit(step_ns, peak_bytes))
-        return judge.is_hopeless(step_ns, peak_bytes)
+        return judge.is_hopeless(step_ns, peak_bytes, gap)
 
     for timed in trials.of(bounded, is_hopeless):
         if reason := judge.breaks_limit(timed.step_ns, timed.peak_bytes):
@@ -254,11 +274,13 @@ def _plain(timed: Timed) -> Candidate:
 
 def _banded(basis: Basis, timed: Timed, orders: Mapping[Layout, Schedule]) -> Candidate:
     """Return `timed` with the band of its step."""
-    stages = [basis.costs.stages(timed.layout)]
-    if timed.layout in orders:
-        (step,) = predict_steps(orders[timed.layout], stages)
+    made = orders.get(timed.layout)
+    if made is not None:
+        stages = basis.costs.stages(timed.layout, made.homes.tolist())
+        (step,) = predict_steps(made, [stages])
     else:
-        (step,) = predict_order(order_of(timed.layout), sample_of(timed.layout), stages)
+        stages = basis.costs.stages(timed.layout)
+        (step,) = predict_order(order_of(timed.layout), sample_of(timed.layout), [stages])
     return Candidate(layout=timed.layout, step=step, peak_bytes=timed.peak_bytes)
 
 
@@ -272,7 +294,7 @@ def _front(judge: _Judge, ranking: Sequence[Candidate]) -> tuple[int, ...]:
 def _certificate(judge: _Judge, tally: Tally, best: Timed, left: Sequence[_Queued]) -> Certificate:
     """Return what is known of all layouts: what is left is no better than the next start."""
     value = judge.costs(best.step_ns, best.peak_bytes)[0]
-    lower_bound = min(value, left[0].least if left else value)
+    lower_bound = min(value, judge.at_most, judge.let_go, left[0].least if left else value)
     num_open = sum(each.bounded.num_layouts for each in left if each.least < value)
     num_bounded = tally.num_bounded + sum(
         each.bounded.num_layouts for each in left if each.least >= value
@@ -307,7 +329,7 @@ def make_plan(job: Job, costs: Costs, result: SearchResult, chosen: int, version
         profile=costs.origin,
         layout=layout,
         schedule=tuple(str(schedule).splitlines()),
-        costs=costs.stages(layout),
+        costs=costs.stages(layout, schedule.homes.tolist()),
         memory=basis_of(job, costs).memory(layout, schedule),
         step=result.ranking[chosen].step,
         ranking=result.ranking,
@@ -315,6 +337,7 @@ def make_plan(job: Job, costs: Costs, result: SearchResult, chosen: int, version
         front=result.front,
         rejections=result.rejections,
         certificate=result.certificate,
+        variants=result.variants,
     )
 
 

@@ -11,12 +11,14 @@ from functools import cached_property
 from math import isqrt
 from typing import NamedTuple
 
-from planner.evaluate import Costs
+from planner.evaluate import Costs, basis_of
 from planner.layout import DEFAULT_ORDER, LOCAL_SCHEDULES, Layout
 from planner.orders import MAX_CELLS
 from planner.partition import Homes
 from planner.plan import Rejection
+from planner.pools import misfit
 from planner.schedules import SCHEDULES
+from profiles.cluster import PoolSpec
 from profiles.job import Job
 from profiles.stack import Recompute, Sharding
 from simulator.schedule import MAX_STAGES
@@ -99,6 +101,17 @@ class Space:
 
     job: Job
     costs: Costs
+
+    @cached_property
+    def _pools(self) -> tuple[PoolSpec, ...]:
+        """The unlike pools of the cluster, if there are any."""
+        return basis_of(self.job, self.costs).pools
+
+    @cached_property
+    def _asked_orders(self) -> tuple[str, ...]:
+        """The orders that the axes of a mesh may have; over unlike pools those that run there."""
+        asked = self.job.search.order or ORDERS
+        return tuple(order for order in asked if not misfit(self._pools, 1, order)) or asked
 
     @cached_property
     def schedules(self) -> tuple[str, ...]:
@@ -228,6 +241,8 @@ class Space:
             )
         if dp * cp % ep:
             yield "divisibility", f"ep is {ep}, but dp x cp is {dp * cp}; ep must divide it"
+        if reason := misfit(self._pools, dp * cp * tp, self._asked_orders[0]):
+            yield "pools", reason
         if model.tied_embeddings and self.costs.is_of_executor and (pp > 1 or tp > 1):
             yield (
                 "tied embeddings",
@@ -307,7 +322,7 @@ class Space:
         None does with one stage, one replica or one node, nor where neither replicas nor stages
         share a node by any order, unless it matters which of them share a pod.
         """
-        asked, cluster = self.job.search.order or ORDERS, self.job.cluster
+        asked, cluster = self._asked_orders, self.job.cluster
         is_alone = (
             degrees.pp == 1 or degrees.dp == 1 or sum(p.num_nodes for p in cluster.pools) == 1
         )

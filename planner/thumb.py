@@ -20,6 +20,7 @@ from planner.evaluate import Costs, basis_of
 from planner.layout import Layout
 from planner.orders import MAX_CELLS, order_of
 from planner.partition import stages_by_rule
+from planner.pools import misfit
 from profiles.errors import UnsupportedError
 from profiles.job import Job
 from profiles.model import ModelSpec
@@ -66,7 +67,9 @@ def rule_of_thumb(job: Job, costs: Costs) -> Layout:
     basis = basis_of(job, costs)
     least: tuple[int, Layout] | None = None
     for layout in _by_the_rule(job, costs):
-        peak_bytes = max(rank.total for rank in basis.memory(layout, order_of(layout).sample()))
+        if misfit(basis.pools, layout.replicas * layout.tp, layout.order):
+            continue
+        peak_bytes = basis.peak_bytes(basis.memory(layout, order_of(layout).sample()))
         if peak_bytes <= basis.limit_bytes:
             return layout
         if least is None or peak_bytes < least[0]:
@@ -81,7 +84,8 @@ def rule_of_thumb(job: Job, costs: Costs) -> Layout:
 
 def _by_the_rule(job: Job, costs: Costs) -> Iterator[Layout]:
     """Yield the layouts of the rule, those first that it would rather take."""
-    ranks, model, node = job.cluster.num_ranks, job.model, job.cluster.pools[0].gpus_per_node
+    ranks, model = job.cluster.num_ranks, job.model
+    node = min(pool.gpus_per_node for pool in job.cluster.pools)
     heads = math.gcd(model.num_kv_heads, model.num_heads, model.ffn)
     if costs.is_of_executor:
         heads = math.gcd(heads, model.vocab)
@@ -202,7 +206,9 @@ def _mixed(
     group = values.get("shard_group", rule.shard_group)
     if group and (dp * shape["cp"]) % group:
         return None
-    pp = shape["pp"]
+    pp, pools = shape["pp"], basis_of(job, costs).pools
+    if misfit(pools, dp * shape["cp"] * shape["tp"], values.get("order", rule.order)):
+        return None
     count = min(rule.stages_per_rank, job.model.num_layers // pp) if pp > 1 else 1
     layout = replace(
         rule,

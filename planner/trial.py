@@ -8,7 +8,7 @@ from typing import NamedTuple
 import numpy as np
 import numpy.typing as npt
 
-from planner.bounds import ROUNDING_NS, Columns, Floats, pipelines
+from planner.bounds import ROUNDING_NS, Columns, Floats, parts_of_stages, pipelines
 from planner.evaluate import Basis
 from planner.frontier import Bounded, Tally
 from planner.layout import Layout
@@ -108,7 +108,7 @@ class Trials:
         yield Timed(layout, median_step(layout, sample, columns), peak_bytes)
 
     def _peak(self, layout: Layout, sample: Schedule) -> int:
-        return max(rank.total for rank in self.basis.memory(layout, sample))
+        return self.basis.peak_bytes(self.basis.memory(layout, sample))
 
     def _refuse(self, layout: Layout, bound_ns: float, need_bytes: int) -> None:
         """Count a layout that does not fit."""
@@ -154,6 +154,7 @@ class _Cases:
         self._base, self._m = base, base.num_microbatches
         self._layers = np.array(bounded.stage_layers)
         self._homes = homes_of(base.pp, base.stages_per_rank, start.pipeline.homes)
+        self._more_bytes = basis.more_bytes(base.pp)
         self._is_whole = "none" not in space.recomputations
 
     def layout(
@@ -202,8 +203,9 @@ class _Cases:
 
     def _recomputing(self, kind: Recompute, again: Int64) -> Int64:
         """Return backwards, [R, S], that are no longer than those that recompute so much."""
-        parts = np.array(self.basis.costs.parts(replace(self._base, recompute=kind)))
-        table = np.broadcast_to(parts, (len(again), len(parts)))
+        parts = np.array([self.basis.parts(replace(self._base, recompute=kind))])
+        table = parts_of_stages(parts, self._homes)
+        table = np.broadcast_to(table, (len(again), *table.shape[1:]))
         backward = pipelines(table, self._layers[None, :], again).backward
         return np.floor(backward).astype(np.int64) - ROUNDING_NS
 
@@ -217,9 +219,16 @@ class _Cases:
             )
             context = costs.context_bytes(layout)
             held = [ranks.held(each, context) for each in self.layouts]
-            rooms = np.array([[rank.room(limit) for rank in row] for row in held])
-            totals = np.array([max(rank.peak(0).total for rank in row) for row in held])
-            self._room[kind] = rooms[:, ranks.alike], totals
+            places = list(zip(ranks.alike.tolist(), self._more_bytes, strict=True))
+            unlike = {place: column for column, place in enumerate(dict.fromkeys(places))}
+            host = self.basis.host_bytes
+            rooms = np.array(
+                [[row[n].room(limit + more, host) for n, more in unlike] for row in held]
+            )
+            totals = np.array(
+                [max(row[n].peak(0).total - more for n, more in unlike) for row in held]
+            )
+            self._room[kind] = rooms[:, [unlike[place] for place in places]], totals
         return self._room[kind]
 
     @cached_property

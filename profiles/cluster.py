@@ -41,13 +41,33 @@ class LinkSpec:
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
+class HostSpec:
+    """The host of a node, as far as the states of an optimizer can live there.
+
+    `link` joins one GPU to it, at the rate of one direction. Its memory, all of it `memory_bytes`
+    and `memory_bytes_per_s` at peak, is shared by the GPUs of the node.
+    """
+
+    name: str
+    link: LinkSpec
+    memory_bytes: int
+    memory_bytes_per_s: float
+    source: str
+    date: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
 class PoolSpec:
-    """Equal nodes: `num_nodes` of `gpus_per_node` GPUs, joined inside a node by `intra_node`."""
+    """Equal nodes: `num_nodes` of `gpus_per_node` GPUs, joined inside a node by `intra_node`.
+
+    `host` is None where nobody said what the nodes are built of.
+    """
 
     gpu: GpuSpec
     gpus_per_node: int
     num_nodes: int
     intra_node: LinkSpec
+    host: HostSpec | None = None
 
     @property
     def num_gpus(self) -> int:
@@ -151,6 +171,19 @@ class ClusterSpec:
     def num_ranks(self) -> int:
         """GPUs (ranks) of the whole cluster."""
         return sum(pool.num_gpus for pool in self.pools)
+
+    @property
+    def host_bytes_per_gpu(self) -> int:
+        """Host memory for each GPU where it is scarcest; 0 where nobody said what hosts there are.
+
+        >>> from profiles.presets import cluster_preset
+        >>> cluster_preset("h100-sxm").host_bytes_per_gpu
+        250000000000
+        """
+        return min(
+            0 if pool.host is None else pool.host.memory_bytes // pool.gpus_per_node
+            for pool in self.pools
+        )
 
     def fabric(self) -> "nx.Graph[int | str]":
         """Return the fabric as a graph: rank nodes 0..n-1, a switch per node, one spine.

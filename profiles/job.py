@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
 
+from profiles.choices import AS_SAID, Choices
 from profiles.cluster import ClusterSpec
 from profiles.errors import InvalidInputError, Problem, UnsupportedError
 from profiles.files import read_text
@@ -25,8 +26,8 @@ from profiles.job_schema import (
     as_mapping,
     schema_problems,
 )
+from profiles.job_variants import resolve_choices, resolve_stack
 from profiles.model import ModelSpec
-from profiles.presets import stack_preset
 from profiles.stack import Recompute, Sharding, StackSpec
 from profiles.workload import DTYPE_BYTES, Workload
 
@@ -75,6 +76,7 @@ class Job:
     search: SearchLimits
     foreign_profile: bool = False
     goal: Goal = FASTEST
+    choices: Choices = AS_SAID
 
 
 def read_job(path: Path, overrides: Sequence[str] = ()) -> Job:
@@ -100,8 +102,10 @@ def read_job(path: Path, overrides: Sequence[str] = ()) -> Job:
     workload = None
     if "workload" not in broken:
         workload = Workload(**WorkloadTable.model_validate(data["workload"]).given())
-    stack = None if "stack" in broken else _resolve_stack(data, found)
+    said = StackTable() if "stack" in broken else StackTable(**data.get("stack", {}))
     search = SearchTable() if "search" in broken else SearchTable(**data.get("search", {}))
+    stack = None if "stack" in broken else resolve_stack(said, data, found)
+    choices = resolve_choices(search, said, workload, stack, cluster, found)
     wanted = GoalTable() if "goal" in broken else GoalTable(**data.get("goal", {}))
     goal = resolve_goal(wanted, cluster, found)
     profile_path = "" if "profile" in broken else _resolve_profile(data, found)
@@ -130,6 +134,7 @@ def read_job(path: Path, overrides: Sequence[str] = ()) -> Job:
             },
         ),
         goal=goal,
+        choices=choices,
     )  # fmt: skip
 
 
@@ -241,18 +246,6 @@ def _toml_value(text: str) -> Any:
     except (ValueError, RecursionError):
         return text
     return parsed["value"] if set(parsed) == {"value"} else text
-
-
-def _resolve_stack(data: dict[str, Any], found: Found) -> StackSpec | None:
-    if "stack" in data:
-        name = StackTable.model_validate(data["stack"]).preset
-    else:
-        cluster = as_mapping(data.get("cluster"))
-        is_cpu = cluster.get("preset") == "local" and cluster.get("device", "cpu") == "cpu"
-        name = "layline-gloo" if is_cpu else "layline-nccl"
-    with found.collecting("stack.preset"):
-        return stack_preset(name)
-    return None
 
 
 def _resolve_profile(data: dict[str, Any], found: Found) -> str:

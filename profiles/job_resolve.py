@@ -30,6 +30,7 @@ from profiles.presets import (
     cluster_presets,
     fabric_preset,
     gpu_preset,
+    host_preset,
     link_preset,
     model_preset,
 )
@@ -225,11 +226,16 @@ def _preset_cluster(
 def _resolve_pool(table: PoolTable, at: str, found: Found) -> PoolSpec | None:
     gpu = _resolve_gpu(table.gpu, f"{at}.gpu", found)
     link = _resolve_link(table.intra_node, f"{at}.intra_node", found, is_fabric=False)
+    host = None
+    if table.host is not None:
+        with found.collecting(f"{at}.host"):
+            host = host_preset(table.host)
     if gpu is None or link is None:
         return None
     return PoolSpec(
-        gpu=gpu, gpus_per_node=table.gpus_per_node, num_nodes=table.nodes, intra_node=link
-    )
+        gpu=gpu, gpus_per_node=table.gpus_per_node, num_nodes=table.nodes, intra_node=link,
+        host=host,
+    )  # fmt: skip
 
 
 def _resolve_gpu(table: GpuTable, at: str, found: Found) -> GpuSpec | None:

@@ -12,7 +12,7 @@ from profiles.goal import MAX_OBJECTIVES, OBJECTIVES
 from profiles.model import Mlp, Norm, Positions
 from profiles.presets import closest
 from profiles.quantity import Dimension, parse_quantity, quantity_example, quantity_rule
-from profiles.stack import Recompute, Sharding
+from profiles.stack import GradientDType, MasterWeights, MomentsDType, Recompute, Sharding
 from profiles.workload import DType
 
 MAX_RANKS = 2_000_000
@@ -198,6 +198,7 @@ class PoolTable(Table):
     gpus_per_node: NodeCount
     nodes: NodeCount = 1
     intra_node: Annotated[LinkTable, BeforeValidator(_named)]
+    host: Text | None = None
 
 
 class FailuresTable(Table):
@@ -226,9 +227,14 @@ class ClusterTable(Table):
 
 
 class StackTable(Table):
-    """`[stack]`: the software that runs the plan."""
+    """`[stack]`: the software that runs the plan: a preset with single facts changed."""
 
-    preset: Text
+    preset: Text | None = None
+    gradient_dtype: GradientDType = "fp32"
+    reduction_dtype: GradientDType = "fp32"
+    master_weights: MasterWeights = "fp32"
+    moments_dtype: MomentsDType = "fp32"
+    optimizer_offload: bool = False
 
 
 class SearchTable(Table):
@@ -247,6 +253,9 @@ class SearchTable(Table):
     shard_group: Annotated[list[NodeCount], Field(min_length=1)] = []
     recompute: Annotated[list[Recompute], Field(min_length=1)] = []
     order: Annotated[list[AxisOrder], Field(min_length=1)] = []
+    dtype: Annotated[list[DType], Field(min_length=1)] = []
+    gradient_dtype: Annotated[list[GradientDType], Field(min_length=1)] = []
+    optimizer_offload: Annotated[list[bool], Field(min_length=1)] = []
 
 
 class LimitsTable(Table):

@@ -8,7 +8,7 @@ from functools import cache
 from importlib import resources
 from typing import Any, NamedTuple
 
-from profiles.cluster import ClusterSpec, GpuSpec, LinkSpec, PoolSpec
+from profiles.cluster import ClusterSpec, GpuSpec, HostSpec, LinkSpec, PoolSpec
 from profiles.errors import InvalidInputError, Problem
 from profiles.model import ModelSpec, RopeScaling
 from profiles.quantity import parse_quantity
@@ -55,6 +55,15 @@ def fabric_presets() -> tuple[str, ...]:
     True
     """
     return tuple(_tables("clusters.toml")["fabrics"])
+
+
+def host_presets() -> tuple[str, ...]:
+    """Return the names of all hosts that a node can have.
+
+    >>> "dgx-h100" in host_presets()
+    True
+    """
+    return tuple(_tables("clusters.toml")["hosts"])
 
 
 def stack_presets() -> tuple[str, ...]:
@@ -165,6 +174,23 @@ def link_preset(name: str) -> LinkSpec:
     return _link(name, _find(_tables("clusters.toml")["links"], name, "link"))
 
 
+def host_preset(name: str) -> HostSpec:
+    """Return the host of a node called `name`: a GPU's link to it, and the memory of the node.
+
+    >>> host_preset("dgx-h100").link.name
+    'pcie5'
+    """
+    table = _find(_tables("clusters.toml")["hosts"], name, "host")
+    return HostSpec(
+        name=name,
+        link=link_preset(table["link"]),
+        memory_bytes=parse_quantity(table["memory"], "bytes"),
+        memory_bytes_per_s=parse_quantity(table["memory_rate"], "bytes/s"),
+        source=table["source"],
+        date=table["date"],
+    )
+
+
 def fabric_preset(name: str) -> LinkSpec:
     """Return the fabric called `name`: one GPU's NIC share one way, latency of a message.
 
@@ -194,6 +220,7 @@ def cluster_preset(name: str, *, num_nodes: int = 1, fabric: str = "") -> Cluste
         gpus_per_node=node["gpus_per_node"],
         num_nodes=num_nodes,
         intra_node=link_preset(node["link"]),
+        host=host_preset(node["host"]) if "host" in node else None,
     )
     joined = fabric_preset(fabric or node["fabric"])
     return ClusterSpec(name=name, pools=(pool,), inter_node=joined if num_nodes > 1 else None)

@@ -1,8 +1,10 @@
 """`StackSpec`: the software that runs a layout, as far as it changes time or memory."""
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
-from typing import Literal, NamedTuple
+from dataclasses import dataclass, field, replace
+from typing import Any, Literal, NamedTuple
+
+from profiles.workload import DTYPE_BYTES, DType
 
 Attention = Literal["unfused", "flash2", "flash3"]
 Fusion = Literal["eager", "fused", "compiled"]
@@ -12,6 +14,9 @@ Recompute = Literal["none", "selective", "full"]
 Selective = Literal["scores", "operators"]
 TensorOverlap = Literal["none", "backward", "all"]
 MemoryLog = Literal["device", "reserved", "allocated", "update"]
+GradientDType = Literal["fp32", "bf16", "fp16"]
+MasterWeights = Literal["none", "fp32"]
+MomentsDType = Literal["fp32", "bf16"]
 
 
 class Scalar(NamedTuple):
@@ -74,7 +79,8 @@ class StackSpec:
     A parameter takes its compute dtype, and of each of its owners `master_bytes` for a copy in full
     precision and `moment_bytes` for the optimizer's moments; its gradient is kept in
     `gradient_bytes` and reduced in `reduction_bytes`. 0 stands for the compute dtype's own size (in
-    `moment_bytes`: of both moments).
+    `moment_bytes`: of both moments). With `offloads_optimizer` master copy and moments live in the
+    memory of the host, whose cores do the update.
 
     `uses_flat_buffers` says whether gradients lie in the buffers that are reduced and parameters in
     those that are gathered; without them the buckets of the gradients are a second copy of them,
@@ -110,6 +116,7 @@ class StackSpec:
     reduction_bytes: int = 0
     master_bytes: int = 0
     moment_bytes: int = 0
+    offloads_optimizer: bool = False
     uses_flat_buffers: bool = True
     allocator_slack: float = 0.0
     logs_memory: MemoryLog = "device"
@@ -131,3 +138,69 @@ class StackSpec:
         1.0
         """
         return self.scalars[name].value if name in self.scalars else SCALARS[name].neutral
+
+    @property
+    def is_changed(self) -> bool:
+        """Whether it is another than its preset, to which nothing was calibrated then."""
+        return self.name.endswith(CHANGED)
+
+    def gradient_dtype(self, dtype: DType) -> GradientDType:
+        """Return what gradients are kept in where the compute dtype is `dtype`."""
+        if (self.gradient_bytes or DTYPE_BYTES[dtype]) == DTYPE_BYTES["fp32"]:
+            return "fp32"
+        return "fp16" if dtype == "fp16" else "bf16"
+
+
+CHANGED = "-changed"
+
+
+def changed_stack(
+    stack: StackSpec,
+    dtype: DType,
+    *,
+    gradient_dtype: GradientDType | None = None,
+    reduction_dtype: GradientDType | None = None,
+    master_weights: MasterWeights | None = None,
+    moments_dtype: MomentsDType | None = None,
+    optimizer_offload: bool | None = None,
+) -> StackSpec:
+    """Return `stack` with single facts changed; None leaves one as it is.
+
+    Where the compute dtype is `dtype` and nothing is in fact another, it is `stack` itself. What
+    gradients are kept in they are also reduced in, unless `reduction_dtype` says otherwise.
+
+    >>> from profiles.presets import stack_preset
+    >>> halved = changed_stack(stack_preset("torchtitan"), "bf16", gradient_dtype="bf16")
+    >>> halved.name, halved.gradient_bytes, halved.reduction_bytes, halved.master_bytes
+    ('torchtitan-changed', 2, 2, 4)
+    >>> changed_stack(halved, "bf16", gradient_dtype="bf16") is halved
+    True
+    """
+    element = DTYPE_BYTES[dtype]
+    if gradient_dtype == stack.gradient_dtype(dtype):
+        gradient_dtype = None
+    sizes: dict[str, int] = {}
+    if gradient_dtype is not None:
+        sizes["gradient_bytes"] = sizes["reduction_bytes"] = DTYPE_BYTES[gradient_dtype]
+    if reduction_dtype is not None:
+        sizes["reduction_bytes"] = DTYPE_BYTES[reduction_dtype]
+    if master_weights is not None:
+        sizes["master_bytes"] = 4 if master_weights == "fp32" else 0
+    if moments_dtype is not None:
+        sizes["moment_bytes"] = 2 * DTYPE_BYTES[moments_dtype]
+    own = {"gradient_bytes": element, "reduction_bytes": element, "moment_bytes": 2 * element}
+    found: dict[str, Any] = {
+        name: size
+        for name, size in sizes.items()
+        if size != (getattr(stack, name) or own.get(name, 0))
+    }
+    offloads = stack.offloads_optimizer if optimizer_offload is None else optimizer_offload
+    if not found and offloads == stack.offloads_optimizer:
+        return stack
+    return replace(
+        stack,
+        name=stack.name if stack.is_changed else stack.name + CHANGED,
+        source=stack.source if stack.is_changed else f"{stack.source}; changed in the job",
+        offloads_optimizer=offloads,
+        **found,
+    )

@@ -3,7 +3,6 @@
 import math
 
 from planner.plan import Certificate
-from profiles.quantity import format_quantity
 from reports.words import count, joined
 
 OBJECTIVE_WORDS = {
@@ -11,7 +10,7 @@ OBJECTIVE_WORDS = {
     "tokens_per_s": "tokens per second",
     "dollars_per_mtoken": "price of a token",
     "joules_per_token": "energy of a token",
-    "memory_headroom": "free memory",
+    "memory_headroom": "memory of the fullest rank",
     "goodput": "goodput",
 }
 """What the objectives are called in a sentence."""
@@ -60,22 +59,19 @@ def proof_text(certificate: Certificate) -> str:
 
 
 def gain_text(certificate: Certificate) -> str:
-    """Return how much better a layout could be at most: a share, or free memory in bytes.
+    """Return how much better a layout could be at most, rounded up, to stay true.
 
-    Where more is better it is a share of what there is, as everywhere, and so not the gap itself:
-    half the time a token is twice the tokens per second. It is rounded up, to stay true.
+    Of rates it is a share of the rate, and so not the gap itself: half the time a token is twice
+    the tokens per second.
 
     >>> gain_text(Certificate(
     ...     objective="tokens_per_s", value=2e-6, lower_bound=1e-6, gap=0.5, num_layouts=9,
     ...     num_rejected={}, num_bounded=0, num_timed=9, num_open=0))
     '100.0 %'
     """
-    value, bound = certificate.value, certificate.lower_bound
-    if certificate.objective == "memory_headroom":
-        return format_quantity(value - bound, "bytes")
-    share = certificate.gap
+    share, bound = certificate.gap, certificate.lower_bound
     if certificate.objective in ("tokens_per_s", "goodput"):
-        share = value / bound - 1 if bound > 0 else math.inf
+        share = certificate.value / bound - 1 if bound > 0 else math.inf
     if share == math.inf:
         return "any amount"
     return f"{math.ceil(1000 * share) / 10:,.1f} %"
@@ -102,7 +98,7 @@ def front_text(objectives: tuple[str, ...]) -> str:
     """Return what the front of these objectives is.
 
     >>> front_text(("step_time", "memory_headroom"))
-    'no other layout that was timed is as good or better in step time and free memory'
+    'what betters one of step time and memory of the fullest rank worsens another'
     """
     names = joined([OBJECTIVE_WORDS[name] for name in objectives])
-    return f"no other layout that was timed is as good or better in {names}"
+    return f"what betters one of {names} worsens another"

@@ -1,14 +1,21 @@
 """The sections about the plan: what was decided, against what, and why not the others."""
 
-from planner.plan import Plan, Rejection
+from collections.abc import Mapping, Sequence
+
+from planner.layout import Layout
+from planner.objectives import cost, figure, told
+from planner.plan import Candidate, Plan, Rejection
 from planner.waterfall import utilization
 from profiles.quantity import format_quantity
+from reports.certificate import OBJECTIVE_WORDS, front_text, proof_text, rejected, stages
 from reports.document import Block, Drawing, Section, Table, Text
 from reports.figures import IntervalRow, intervals
+from reports.front_figure import Point, front_figure
 from reports.views import RunView, Study, View
-from reports.words import change, count, duration, joined, origin_text, size
+from reports.words import band, change, count, duration, joined, origin_text, size
 
-_MAX_RANKED = 12
+_MAX_RANKED, _MAX_SHOWN = 12, 40
+_IN_EVERY_TABLE = ("step_time",)
 _COMPARED = "Which layouts were compared?"
 _ALONE = "The plan holds no ranking: its layout was given, not searched for."
 _COSTS = (
@@ -27,29 +34,12 @@ def tokens_per_s(plan: Plan, step_ns: int) -> str:
     return count(plan.workload.tokens_per_step * 1e9 / max(step_ns, 1))
 
 
-def band(low_ns: int, high_ns: int) -> str:
-    """Return a band of times in ns as text, the unit once where both ends share it.
-
-    >>> band(298_900_000, 346_600_000), band(900_000, 1_100_000)
-    ('298.9 to 346.6 ms', '900.0 us to 1.1 ms')
-    """
-    low, high = duration(low_ns), duration(high_ns)
-    if low.split()[-1] == high.split()[-1]:
-        low = low.split()[0]
-    return f"{low} to {high}"
-
-
 def decided(study: Study, prefix: str) -> Section:
     """Return the first section: the choice in two sentences, the headline numbers, the trust."""
     view = study.best
     plan = view.plan
     place = f"{count(plan.layout.num_ranks)} rank{'s' if plan.layout.num_ranks > 1 else ''}"
-    rank = "the fastest" if plan.chosen == 0 else f"number {plan.chosen + 1} by predicted step time"
-    fit = plan.num_layouts - len(plan.rejections)
-    first = (
-        f"Train {plan.model.name} on {place} as {plan.layout}, {rank} of {count(fit)} layouts that "
-        f"fit out of {count(plan.num_layouts)} considered."
-    )
+    first = f"Train {plan.model.name} on {place} as {plan.layout}, {_rank(plan)}."
     predicted = f"A step should take {duration(plan.step.p50_ns)}"
     if isinstance(view, RunView):
         comparison = view.comparison()
@@ -69,6 +59,15 @@ def decided(study: Study, prefix: str) -> Section:
         Text(text=_confidence(view), role="note"),
     )
     return Section(question="What was decided?", anchor=f"{prefix}decided", blocks=blocks)
+
+
+def _rank(plan: Plan) -> str:
+    """Return the place of a plan among all layouts, as part of a sentence."""
+    if not plan.ranking:
+        return "a layout that was given, not searched for"
+    rank = "the best" if plan.chosen == 0 else f"number {plan.chosen + 1}"
+    num_layouts = plan.certificate.num_layouts
+    return f"{rank} of {count(num_layouts)} layout{'s' if num_layouts > 1 else ''}"
 
 
 def _headline(view: View) -> Table:
@@ -139,37 +138,113 @@ def _mfu(plan: Plan) -> str:
 
 
 def layouts(study: Study, prefix: str) -> Section:
-    """Return the section that ranks the layouts."""
-    ranking = study.ranking()[:_MAX_RANKED]
+    """Return the section that says what was searched, what is certain of it, and the ranking."""
+    ranking = study.ranking()
     if not ranking:
         return Section(question=_COMPARED, anchor=f"{prefix}layouts", blocks=(Text(text=_ALONE),))
-    chosen = study.best.plan.layout
     measured = {
         candidate.layout: tuple(
             run.record.median_step_ns for run in study.runs if run.plan.layout == candidate.layout
         )
         for candidate in ranking
     }
-    fastest_ns = ranking[0].step.p50_ns
+    blocks: list[Block] = [
+        *_searched(study),
+        *_front(study, ranking, prefix),
+        *_ranked(study, ranking, measured),
+        _bands(study, ranking[:_MAX_RANKED], measured, prefix),
+    ]
+    return Section(question=_COMPARED, anchor=f"{prefix}layouts", blocks=tuple(blocks))
+
+
+def _searched(study: Study) -> list[Block]:
+    """Return what is certain of all layouts, and what became of them."""
+    certificate = study.best.plan.certificate
+    proof = proof_text(certificate)
+    text = (
+        f"{proof[:1].upper()}{proof[1:]}. That holds of every layout of the space, those included "
+        "that were never timed: a bound says of each how good it can be at most."
+    )
+    head = ("layouts", "", "share")
+    return [Text(text=text), Table(head=head, align="lrr", rows=stages(certificate))]
+
+
+def _front(study: Study, ranking: Sequence[Candidate], prefix: str) -> list[Block]:
+    """Return the front as a figure; nothing where the job has one objective."""
+    objectives, front = study.best.plan.goal.objectives, study.front()
+    if not front:
+        return []
+    facts, chosen = study.facts(), study.best.plan.layout
+    points = [
+        Point(
+            place=place,
+            figures=tuple(
+                figure(name, facts, each.step.p50_ns, each.peak_bytes) for name in objectives
+            ),
+            is_on_front=each.layout in front,
+            is_chosen=each.layout == chosen,
+        )
+        for place, each in enumerate(ranking, start=1)
+    ]
+    caption = (
+        f"The front of {count(len(front))} layouts, filled, with their places in the ranking; the "
+        f"one decided on is larger. On it {front_text(objectives)}."
+    )
+    return [Drawing(svg=front_figure(f"{prefix}front", objectives, points), caption=caption)]
+
+
+def _ranked(
+    study: Study, ranking: Sequence[Candidate], measured: Mapping[Layout, tuple[int, ...]]
+) -> list[Block]:
+    """Return the table of the best layouts, and of those on the front."""
+    plan, facts, front = study.best.plan, study.facts(), study.front()
+    shown = [
+        (place, candidate)
+        for place, candidate in enumerate(ranking)
+        if place < _MAX_RANKED or candidate.layout in front
+    ][:_MAX_SHOWN]
+    objective, best = study.objective, ranking[0]
+    asked = [name for name in plan.goal.asks_for if name not in _IN_EVERY_TABLE]
+    least = cost(objective, facts, best.step.p50_ns, best.peak_bytes)
     rows = tuple(
         (
-            str(number),
-            str(candidate.layout),
-            duration(candidate.step.p50_ns) + ("*" if candidate.step.is_extrapolated else ""),
-            band(candidate.step.p10_ns, candidate.step.p90_ns),
-            change(candidate.step.p50_ns, fastest_ns) if number > 1 else "-",
-            size(candidate.peak_bytes),
-            ", ".join(map(duration, measured[candidate.layout])) or "-",
+            f"{place + 1}{' *' if each.layout in front else ''}",
+            str(each.layout),
+            duration(each.step.p50_ns) + (" ~" if each.step.is_extrapolated else ""),
+            band(each.step.p10_ns, each.step.p90_ns),
+            change(cost(objective, facts, each.step.p50_ns, each.peak_bytes), least)
+            if place
+            else "-",
+            size(each.peak_bytes),
+            *(told(name, figure(name, facts, each.step.p50_ns, each.peak_bytes)) for name in asked),
+            ", ".join(map(duration, measured[each.layout])) or "-",
         )
-        for number, candidate in enumerate(ranking, start=1)
+        for place, each in shown
     )
-    has_stars = any(candidate.step.is_extrapolated for candidate in ranking)
-    plan = study.best.plan
-    fit = plan.num_layouts - len(plan.rejections)
-    intro = f"Of {count(plan.num_layouts)} layouts considered, {count(fit)} fit."
-    if len(rows) < fit:
-        intro += f" The best {count(len(rows))} are shown."
-    marked = tuple(i for i, candidate in enumerate(ranking) if candidate.layout == chosen)
+    head = (
+        "", "layout", "step", "P10 to P90", "over best", "peak memory",
+        *(OBJECTIVE_WORDS[name] for name in asked), "measured",
+    )  # fmt: skip
+    marked = tuple(i for i, (_, each) in enumerate(shown) if each.layout == plan.layout)
+    notes = []
+    if len(shown) < len(ranking):
+        notes.append(f"{count(len(shown))} of the best {count(len(ranking))} are shown.")
+    if front:
+        notes.append("* on the front.")
+    if any(each.step.is_extrapolated for _, each in shown):
+        notes.append("~ extrapolated: some cost lies outside what was profiled.")
+    table = Table(head=head, align="rn" + "r" * (len(head) - 2), rows=rows, marked=marked)
+    return [table, *([Text(text=" ".join(notes), role="note")] if notes else [])]
+
+
+def _bands(
+    study: Study,
+    ranking: Sequence[Candidate],
+    measured: Mapping[Layout, tuple[int, ...]],
+    prefix: str,
+) -> Drawing:
+    """Return the steps of the best layouts as a figure."""
+    chosen = study.best.plan.layout
     drawing = intervals(
         f"{prefix}ranking",
         "Predicted and measured step time of each layout",
@@ -186,48 +261,42 @@ def layouts(study: Study, prefix: str) -> Section:
             for candidate in ranking
         ],
     )
-    caption = "Predicted step time of each layout that fits; the one decided on is shaded."
-    if has_stars:
+    caption = "Predicted step time of the best layouts; the one decided on is shaded."
+    if any(candidate.step.is_extrapolated for candidate in ranking):
         caption += " An open circle is extrapolated: some cost lies outside what was profiled."
-    head = ("", "layout", "step", "P10 to P90", "over best", "peak memory", "measured")
-    blocks: list[Block] = [
-        Text(text=intro),
-        Table(head=head, align="rnrrrrr", rows=rows, marked=marked),
-        Drawing(svg=drawing, caption=caption),
-    ]
-    if has_stars:
-        blocks.insert(2, Text(text="* extrapolated", role="note"))
-    return Section(question=_COMPARED, anchor=f"{prefix}layouts", blocks=tuple(blocks))
+    return Drawing(svg=drawing, caption=caption)
 
 
 def others(study: Study, prefix: str) -> Section:
     """Return the section that says why layouts were rejected, grouped by rule."""
-    groups: dict[str, list[Rejection]] = {}
-    for rejection in study.rejections():
-        groups.setdefault(rejection.rule, []).append(rejection)
-    ranked = sorted(groups.items(), key=lambda group: (-len(group[1]), group[0]))
     ranking = study.ranking()
     blocks: list[Block] = []
     if len(ranking) > 1:
-        best, second = ranking[:2]
-        gap = f"{100 * second.step.p50_ns / max(best.step.p50_ns, 1):.1f} %"
-        overlap = "overlap" if second.step.p10_ns <= best.step.p90_ns else "do not overlap"
-        blocks.append(
-            Text(
-                text=f"The runner-up, {second.layout}, is predicted to take {gap} of the step time "
-                f"of {best.layout}; their bands {overlap}."
-            )
-        )
-    if not ranked:
-        blocks.append(Text(text="No layout was rejected: every one considered would fit."))
+        blocks.append(Text(text=_runner_up(*ranking[:2])))
+    by_rule = rejected(study.best.plan.certificate)
+    examples = {rejection.rule: rejection for rejection in reversed(study.rejections())}
+    if not by_rule:
+        blocks.append(Text(text="No layout was rejected: every one of the space would fit."))
     else:
-        noun = "layout was" if len(study.rejections()) == 1 else "layouts were"
-        blocks.append(
-            Text(text=f"{count(len(study.rejections()))} {noun} rejected before being timed.")
-        )
+        num_rejected = sum(number for _, number in by_rule)
+        noun = "layout was" if num_rejected == 1 else "layouts were"
+        blocks.append(Text(text=f"{count(num_rejected)} {noun} rejected before being timed."))
         rows = tuple(
-            (rule, count(len(found)), found[0].layout, found[0].reason) for rule, found in ranked
+            (rule, count(number), *_example(examples.get(rule))) for rule, number in by_rule
         )
         head = ("rule", "layouts", "for example", "because")
         blocks.append(Table(head=head, align="nrnl", rows=rows))
     return Section(question="Why not the others?", anchor=f"{prefix}others", blocks=tuple(blocks))
+
+
+def _runner_up(best: Candidate, second: Candidate) -> str:
+    share = f"{100 * second.step.p50_ns / max(best.step.p50_ns, 1):.1f} %"
+    overlap = "overlap" if second.step.p10_ns <= best.step.p90_ns else "do not overlap"
+    return (
+        f"The runner-up, {second.layout}, is predicted to take {share} of the step time of "
+        f"{best.layout}; their bands {overlap}."
+    )
+
+
+def _example(rejection: Rejection | None) -> tuple[str, str]:
+    return ("-", "-") if rejection is None else (rejection.layout, rejection.reason)

@@ -6,7 +6,7 @@ from planner.lower import simulation_of
 from planner.plan import Plan
 from planner.waterfall import waterfall
 from reports.compare import Comparison, exposed_ns
-from reports.decision import band, memory_limit, tokens_per_s
+from reports.decision import memory_limit, tokens_per_s
 from reports.document import Block, Drawing, Section, Table, Text
 from reports.figures import (
     MAX_ROWS,
@@ -24,6 +24,7 @@ from reports.gantt import gantt, names_actions
 from reports.views import MIN_GAP, PlanView, RunView, Study, View, order_agreement
 from reports.words import (
     KIND_NAMES,
+    band,
     change,
     count,
     duration,

@@ -4,12 +4,15 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import combinations
 
+from planner.facts import Facts, facts_of
+from planner.layout import Layout
+from planner.objectives import cost
 from planner.plan import Candidate, Plan, Rejection
 from planner.record import RunRecord
 from reports.compare import Comparison, compare
 from simulator.timeline import Timeline
 
-_SHARED = ("model", "workload", "cluster", "stack", "profile")
+_SHARED = ("model", "workload", "cluster", "stack", "goal", "profile")
 MIN_GAP = 0.10
 """Measured steps closer than this share of the shorter one are in no order worth predicting."""
 
@@ -56,10 +59,32 @@ class Study:
         """The views that are runs."""
         return tuple(view for view in self.views if isinstance(view, RunView))
 
+    @property
+    def objective(self) -> str:
+        """What the layouts are ranked by."""
+        return self.best.plan.goal.objectives[0]
+
+    def facts(self) -> Facts:
+        """Return what the objectives need to know of the job that all the plans are of."""
+        return facts_of(self.best.plan)
+
     def ranking(self) -> tuple[Candidate, ...]:
         """Return the candidates of all the plans, each layout once, best first."""
         found = {c.layout: c for view in reversed(self.views) for c in view.plan.ranking}
-        return tuple(sorted(found.values(), key=lambda c: (c.step.p50_ns, str(c.layout))))
+        facts = self.facts()
+
+        def key(candidate: Candidate) -> tuple[float, int, int, str]:
+            ns, held = candidate.step.p50_ns, candidate.peak_bytes
+            return cost(self.objective, facts, ns, held), ns, held, str(candidate.layout)
+
+        return tuple(sorted(found.values(), key=key))
+
+    def front(self) -> frozenset[Layout]:
+        """Return the layouts that the best plan has on its front; none for one objective."""
+        plan = self.best.plan
+        if len(plan.goal.objectives) == 1:
+            return frozenset()
+        return frozenset(plan.ranking[place].layout for place in plan.front if plan.ranking)
 
     def rejections(self) -> tuple[Rejection, ...]:
         """Return the rejections of all the plans, each once, in order."""
@@ -78,9 +103,14 @@ def studies(views: Sequence[View]) -> tuple[Study, ...]:
             key = tuple(view.plan.section_digests[name] for name in _SHARED)
             groups.setdefault(key, []).append(view)
     return tuple(
-        Study(views=tuple(sorted(group, key=lambda view: view.plan.step.p50_ns)))
+        Study(views=tuple(sorted(group, key=lambda view: _cost(view.plan))))
         for group in groups.values()
     )
+
+
+def _cost(plan: Plan) -> float:
+    peak_bytes = max(rank.total for rank in plan.memory)
+    return cost(plan.goal.objectives[0], facts_of(plan), plan.step.p50_ns, peak_bytes)
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

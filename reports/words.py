@@ -43,6 +43,18 @@ def duration(time_ns: float) -> str:
     return format_quantity(time_ns, "ns")
 
 
+def band(low_ns: int, high_ns: int) -> str:
+    """Return a band of times in ns as text, the unit once where both ends share it.
+
+    >>> band(298_900_000, 346_600_000), band(900_000, 1_100_000)
+    ('298.9 to 346.6 ms', '900.0 us to 1.1 ms')
+    """
+    low, high = duration(low_ns), duration(high_ns)
+    if low.split()[-1] == high.split()[-1]:
+        low = low.split()[0]
+    return f"{low} to {high}"
+
+
 def size(size_bytes: float) -> str:
     """Return a size in bytes with its unit, `71.3 GiB`."""
     return format_quantity(size_bytes, "bytes")

@@ -114,5 +114,6 @@ def tiny_plan(
             objective="step_time", value=1e-9, lower_bound=1e-9, gap=0.0, num_layouts=1,
             num_rejected={}, num_bounded=0, num_timed=1, num_open=0,
         ),
+        "variants": (),
     }  # fmt: skip
     return seal(**(sections | changed))

@@ -162,6 +162,7 @@ def make_plan(
             num_timed=len(ranking),
             num_open=0,
         ),
+        variants=(),
     )
 
 

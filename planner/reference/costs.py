@@ -18,9 +18,12 @@ from planner.cost import NOTHING
 from planner.interval import Band, band_of
 from planner.layout import Layout
 from planner.memory import context_bytes
+from planner.mixed import MixedCosts
 from planner.plan import ProfileReference, StageCost
+from planner.pools import unlike_pools
 from planner.reference.program import MATMUL, Lanes, lanes_of, stack_lanes
-from planner.reference.step import StageNs, StepModel
+from planner.reference.step import StageNs, StepModel, Traffic
+from planner.reference.update import known_host
 from planner.reference.work import RankWork
 from planner.setup import Setup, padded
 from profiles.cluster import ClusterSpec, GpuSpec
@@ -93,7 +96,7 @@ class ReferenceCosts:
         """Return what a process holds on its GPU outside of the framework's allocator."""
         return context_bytes(layout)
 
-    def parts(self, layout: Layout) -> Parts:
+    def parts(self, layout: Layout, _rank: int = 0) -> Parts:
         """Return what a micro-batch takes a layer, at the ends of the model and between stages.
 
         How `layout` splits its layers into stages and shards its states does not matter.
@@ -176,7 +179,7 @@ class ReferenceCosts:
             wait=np.zeros(shape, np.int64),
         )
 
-    def stages(self, layout: Layout) -> tuple[StageCost, ...]:
+    def stages(self, layout: Layout, _homes: Sequence[int] = ()) -> tuple[StageCost, ...]:
         """Return what every stage of `layout` takes; those that are alike are one object."""
         step = self._step(layout)
         is_extrapolated = step.is_extrapolated
@@ -226,7 +229,7 @@ class ReferenceCosts:
         key = _work_key(layout)
         if (work := self._works.get(key)) is None:
             work = self._works[key] = RankWork(setup)
-        return StepModel(setup, work, layouts)
+        return StepModel(setup, work, layouts, self._traffic if layouts else None)
 
     @cached_property
     def _works(self) -> dict[tuple[object, ...], RankWork]:
@@ -237,6 +240,11 @@ class ReferenceCosts:
     def _parts(self) -> dict[tuple[object, ...], Parts]:
         """The parts of layouts, by all that they depend on."""
         return {}
+
+    @cached_property
+    def _traffic(self) -> Traffic:
+        """The collectives of meshes that were asked for."""
+        return Traffic()
 
     @cached_property
     def _real(self) -> Lanes:
@@ -282,26 +290,33 @@ def _work_key(layout: Layout) -> tuple[object, ...]:
             layout.micro_batch, layout.recompute)  # fmt: skip
 
 
-def reference_costs(job: Job) -> ReferenceCosts:
+def reference_costs(job: Job) -> ReferenceCosts | MixedCosts:
     """Return the costs of `job` on its cluster, of which nothing was measured.
 
-    Raises UnsupportedError for GPUs that nobody published measurements of, and for pools of
-    several kinds.
+    Of unlike pools they are those of each pool alone, with the fabric that all share. Raises
+    UnsupportedError for GPUs that nobody published measurements of, and for optimizers on hosts of
+    which nothing is known.
     """
-    cluster = job.cluster
-    fix = "run `layline profile -o FILE` on one of its nodes and set profile to that file"
-    if len(cluster.pools) > 1:
-        raise UnsupportedError(
-            f"cluster {cluster.name} has {len(cluster.pools)} pools; without a profile equal nodes "
-            f"are planned for: name one pool, or {fix}"
+    cluster, pools = job.cluster, unlike_pools(job.cluster)
+    for pool in pools:
+        if pool.gpu.name not in gpu_presets():
+            raise UnsupportedError(
+                f"cluster {cluster.name} has the GPU {pool.gpu.name}, of which no measurements are "
+                f"known; there are of {', '.join(gpu_presets())}: name one that it stands for, or "
+                "run `layline profile -o FILE` on one of its nodes and set profile to that file"
+            )
+        if job.stack.offloads_optimizer:
+            known_host(pool)
+    by_pool = tuple(
+        ReferenceCosts(
+            model=job.model,
+            workload=job.workload,
+            stack=job.stack,
+            cluster=replace(cluster, pools=(pool,)),
         )
-    gpu = cluster.pools[0].gpu
-    if gpu.name not in gpu_presets():
-        raise UnsupportedError(
-            f"cluster {cluster.name} has the GPU {gpu.name}, of which no measurements are known; "
-            f"there are of {', '.join(gpu_presets())}: name one that it stands for, or {fix}"
-        )
-    return ReferenceCosts(model=job.model, workload=job.workload, stack=job.stack, cluster=cluster)
+        for pool in pools
+    )
+    return by_pool[0] if len(by_pool) == 1 else MixedCosts(pools=pools, by_pool=by_pool)
 
 
 @cache

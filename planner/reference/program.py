@@ -78,7 +78,7 @@ class Duration(NamedTuple):
         """Return both parts, one behind the other."""
         return Duration(self.device + other.device, self.host + other.host)
 
-    def times(self, count: float) -> "Duration":
+    def times(self, count: float | Int64) -> "Duration":
         """Return the part `count` times in a row."""
         return Duration(self.device * count, self.host * count)
 

@@ -1,7 +1,7 @@
 """One optimizer step: stages of layers, the pipeline over them, and what data parallelism adds."""
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
 from typing import NamedTuple, final
 
@@ -10,26 +10,16 @@ import numpy.typing as npt
 
 from planner.layout import Layout
 from planner.reference.places import Places
-from planner.reference.program import (
-    COMPUTE,
-    EXCHANGE,
-    INTRA,
-    MATMUL,
-    MEMORY,
-    Duration,
-    Floats,
-    Lanes,
-)
+from planner.reference.program import INTRA, MATMUL, MEMORY, Duration, Floats, Lanes
+from planner.reference.update import Widths, host_of
 from planner.reference.work import RankWork
 from planner.schedules import SCHEDULES
 from planner.setup import Setup
-from profiles.kernel_curves import Estimate, memory_pass
+from profiles.kernel_curves import Estimate, memory_curve
 from simulator.checks import Int64
 from simulator.engine import step_ns
-from simulator.graph import Int32
 from simulator.schedule import Schedule
 from simulator.step import StepTimes, step_times
-from simulator.streams import walk_streams
 
 GATHER_CALLS, REDUCE_CALLS = 10.0, 16.0
 """Host calls that fully sharded data parallelism adds to a layer's forward and backward."""
@@ -52,6 +42,34 @@ class StageNs(NamedTuple):
     optimizer: Floats
 
 
+Count = int | Int64
+_Collectives = dict[tuple[str, float], tuple[Floats, npt.NDArray[np.intp]]]
+
+
+@final
+class Traffic:
+    """What collectives of replicas take on each mesh: it does not depend on the work of a rank."""
+
+    def __init__(self) -> None:
+        self._by_mesh: dict[tuple[object, ...], _Collectives] = {}
+
+    def of(self, layouts: Sequence[Layout]) -> _Collectives:
+        """Return the collectives of layouts that differ in their sharding alone."""
+        first = layouts[0]
+        shardings = tuple((each.sharding, each.shard_group) for each in layouts)
+        key = (first.dp, first.tp, first.cp, first.pp, first.ep, first.order, shardings)
+        return self._by_mesh.setdefault(key, {})
+
+
+class _Kinds(NamedTuple):
+    """Stages of K kinds, [K, 1] each: their layers, those that recompute, and their ends."""
+
+    num_layers: Int64
+    num_again: Int64
+    is_first: Int64
+    is_last: Int64
+
+
 @final
 class StepModel:
     """The step of one setup, for L candidates side by side.
@@ -61,18 +79,26 @@ class StepModel:
     """
 
     def __init__(
-        self, setup: Setup, work: RankWork | None = None, layouts: Sequence[Layout] = ()
+        self,
+        setup: Setup,
+        work: RankWork | None = None,
+        layouts: Sequence[Layout] = (),
+        traffic: "Traffic | None" = None,
     ) -> None:
-        """Make the model of `setup`; `work` is that of a setup whose ranks have the same work."""
+        """Make the model of `setup`; `work` is that of a setup whose ranks have the same work.
+
+        What collectives of `layouts` take is kept in `traffic`, for other work on the same mesh.
+        """
         self.model, self.workload, self.layout = setup.model, setup.workload, setup.layout
         self.stack = setup.stack
         self.work = work or RankWork(setup)
         self.places = Places(layout=setup.layout, cluster=setup.cluster)
-        self._places = [
-            Places(layout=layout, cluster=setup.cluster) for layout in layouts or (setup.layout,)
-        ]
+        self._layouts = tuple(layouts) or (setup.layout,)
+        self._places = [Places(layout=layout, cluster=setup.cluster) for layout in self._layouts]
+        self._known = {} if traffic is None else traffic.of(self._layouts)
         self.blocks = self.work.blocks
         self.stored = self.work.element
+        self._host = host_of(setup) if self.stack.offloads_optimizer else None
         self.gradient_bytes = self.stack.gradient_bytes or self.stored
         self.reduction_bytes = self.stack.reduction_bytes or self.stored
 
@@ -91,7 +117,12 @@ class StepModel:
 
     @property
     def is_extrapolated(self) -> bool:
-        """Whether much of a layer's time rests on curves of other GPUs or other sizes."""
+        """Whether much of a layer's time rests on curves of other GPUs or other sizes.
+
+        An update on the host was never compared with runs.
+        """
+        if self._host is not None:
+            return True
         again = "layer_again" if "layer_again" in self.blocks else "layer_backward"
         layer = self.blocks["layer_forward"], self.blocks[again]
         whole = sum(float(block.ns.sum()) for block in layer)
@@ -122,67 +153,63 @@ class StepModel:
 
     def stages(self, lanes: Lanes) -> tuple[StageNs, ...]:
         """Return what each stage takes; stages that are alike are timed once."""
-        layout = self.layout
-        parts = self.work.timed(lanes)
-        last = layout.num_stages - 1
-        alike: dict[tuple[int, int, bool, bool], StageNs] = {}
-        found = []
-        for stage, num_layers in enumerate(layout.stage_layers):
-            key = (num_layers, layout.recomputed(stage), stage == 0, stage == last)
-            if key not in alike:
-                alike[key] = self._stage(parts, lanes, *key)
-            found.append(alike[key])
-        return tuple(found)
+        layout, last = self.layout, self.layout.num_stages - 1
+        known: dict[tuple[int, int, bool, bool], int] = {}
+        alike = [
+            known.setdefault(
+                (num_layers, layout.recomputed(stage), stage == 0, stage == last), len(known)
+            )
+            for stage, num_layers in enumerate(layout.stage_layers)
+        ]
+        columns = np.array(list(known), np.int64).T[:, :, None]
+        kinds = self._kinds(lanes, _Kinds(*columns))
+        stages = [StageNs(*(part[kind] for part in kinds)) for kind in range(len(known))]
+        return tuple(stages[kind] for kind in alike)
 
-    def _stage(
-        self, parts: dict[str, Duration], lanes: Lanes, num_layers: int, num_again: int,
-        is_first: bool, is_last: bool,
-    ) -> StageNs:  # fmt: skip
-        """Return what a stage of `num_layers` takes, `num_again` of which recompute."""
-        forward = parts["layer_forward"].times(num_layers)
-        backward = parts["layer_backward"].times(num_layers - num_again)
-        if num_again:
-            backward += parts["layer_again"].times(num_again)
-        weight_ns = num_layers * self.blocks["layer_backward"].weight_ns
-        for edge, is_here in (("embedding", is_first), ("head", is_last)):
-            if is_here:
-                forward += parts[f"{edge}_forward"]
-                backward += parts[f"{edge}_backward"]
-                weight_ns += self.blocks[f"{edge}_backward"].weight_ns
-        parameters = self.parameters(num_layers, is_first, is_last)
-        backward += self._accumulation(parameters, num_layers, lanes)
+    def _kinds(self, lanes: Lanes, of: "_Kinds") -> StageNs:
+        """Return what K kinds of stages take, [K, L] each."""
+        parts = self.work.timed(lanes)
+        forward = parts["layer_forward"].times(of.num_layers)
+        backward = parts["layer_backward"].times(of.num_layers - of.num_again)
+        if of.num_again.any():
+            backward += parts["layer_again"].times(of.num_again)
+        weight_ns = of.num_layers * self.blocks["layer_backward"].weight_ns
+        for edge, is_here in (("embedding", of.is_first), ("head", of.is_last)):
+            forward += parts[f"{edge}_forward"].times(is_here)
+            backward += parts[f"{edge}_backward"].times(is_here)
+            weight_ns = weight_ns + is_here * self.blocks[f"{edge}_backward"].weight_ns
+        parameters = np.asarray(self.parameters(of.num_layers, of.is_first, of.is_last))
+        experts = np.asarray(self._experts(of.num_layers))
+        backward += self._accumulation(parameters, of.num_layers, lanes)
         if self.layout.num_stages > 1:
-            forward += self.messages(lanes, 2 - is_first - is_last)
-            backward += self.messages(lanes, 2 - is_first - is_last)
+            messages = self.messages(lanes, 1).times(2 - of.is_first - of.is_last)
+            forward, backward = forward + messages, backward + messages
         if self.layout.sharding == "zero3":
             forward_ns, backward_ns, reduction = self._fully_sharded(
-                parameters, num_layers, forward, backward, lanes
+                parameters, of.num_layers, forward, backward, lanes
             )
         else:
             forward_ns, backward_ns = forward.elapsed, backward.elapsed
-            reduction = self._reduction(parameters, num_layers, forward_ns, backward_ns, lanes)
-        optimizer = self._optimizer(parameters, self._experts(num_layers), lanes)
-        return StageNs(
-            *np.broadcast_arrays(
-                forward_ns, backward_ns, weight_ns * lanes.factor[MATMUL], reduction, optimizer
-            )
-        )
+            reduction = self._reduction(parameters, of.num_layers, forward_ns, backward_ns, lanes)
+        optimizer = self._optimizer(parameters, experts, lanes)
+        weight = weight_ns * lanes.factor[MATMUL]
+        return StageNs(*np.broadcast_arrays(forward_ns, backward_ns, weight, reduction, optimizer))
 
-    def parameters(self, num_layers: int, is_first: bool, is_last: bool) -> int:
+    def parameters(self, num_layers: Count, is_first: Count, is_last: Count) -> Count:
         """Return the parameters on one rank of a stage, as they are computed with."""
         work, model = self.work, self.model
         mlp = self._mlp_parameters
         if model.num_experts:
             mlp *= max(1, model.num_experts // self.layout.ep) + model.num_shared_experts
         layer = work.h * (2 * work.q + 2 * work.kv) + mlp + 4 * work.h
-        is_tied = model.tied_embeddings and is_first and is_last
+        is_tied = model.tied_embeddings * is_first * is_last
         return num_layers * layer + (is_first + is_last - is_tied) * work.v * work.h
 
-    def _experts(self, num_layers: int) -> int:
+    def _experts(self, num_layers: Count) -> Count:
         """Return those parameters of a rank that fewer ranks hold than the rest: cut experts."""
         ep, model = self.layout.ep, self.model
         if ep == 1:
-            return 0
+            return 0 * num_layers
         return num_layers * max(1, model.num_experts // ep) * self._mlp_parameters
 
     @property
@@ -195,7 +222,9 @@ class StepModel:
         host = lanes.message if self.places.message_crosses else np.minimum(lanes.message, 1e5)
         return Duration(np.zeros(lanes.num_lanes), count * host)
 
-    def _accumulation(self, parameters: int, num_layers: int, lanes: Lanes) -> Duration:
+    def _accumulation(
+        self, parameters: int | Int64, num_layers: int | Int64, lanes: Lanes
+    ) -> Duration:
         """Return the addition of a micro-batch's weight gradients to those before it.
 
         Kept in the dtype of the products, or added by them to fp32 sums, a gradient is read and
@@ -211,116 +240,135 @@ class StepModel:
     def accumulated_layer(self, lanes: Lanes) -> Duration:
         """Return what a layer more in a stage adds to its accumulation."""
         one, two = (
-            self._accumulation(self.parameters(count, False, False), count, lanes)
-            for count in (1, 2)
+            self._accumulation(self.parameters(count, 0, 0), count, lanes) for count in (1, 2)
         )
         return Duration(two.device - one.device, two.host - one.host)
 
     def _fully_sharded(
-        self, parameters: int, num_layers: int, forward: Duration, backward: Duration, lanes: Lanes
-    ) -> tuple[Floats, Floats, Floats]:
+        self, parameters: Int64, num_layers: Int64, forward: Duration, backward: Duration,
+        lanes: Lanes,
+    ) -> tuple[Floats, Floats, Floats]:  # fmt: skip
         """Return forward, backward and what is left of a step where parameters are sharded.
 
         Layer after layer is gathered one ahead of its use, in the backward again, and its gradient
         is scattered when it is there.
         """
         units = num_layers + 1
-        stored = parameters * self.stored / units
-        gather = self._traffic(lanes, lambda at: at.replicas("all_gather", stored))
-        reduced = parameters * self.reduction_bytes / units
-        scatter = self._traffic(lanes, lambda at: at.replicas("reduce_scatter", reduced))
+        gather = self._traffic(lanes, "all_gather", parameters * self.stored / units)
+        scatter = self._traffic(lanes, "reduce_scatter", parameters * self.reduction_bytes / units)
         calls = num_layers * lanes.launch
-        forward += Duration(np.zeros_like(gather), GATHER_CALLS * calls)
-        backward += Duration(np.zeros_like(gather), REDUCE_CALLS * calls)
-        forward_ns = _prefetched(forward.elapsed / units, gather, None, units)
-        backward_ns = _prefetched(backward.elapsed / units, gather, scatter, units)
+        forward += Duration(0 * calls, GATHER_CALLS * calls)
+        backward += Duration(0 * calls, REDUCE_CALLS * calls)
+        forward_ns = prefetched(forward.elapsed / units, gather, np.zeros(1), units)
+        backward_ns = prefetched(backward.elapsed / units, gather, scatter, units)
         hidden_f = np.minimum(forward.elapsed, units * gather)
         hidden_b = np.minimum(backward.elapsed, units * (gather + scatter))
         return (
             forward_ns + lanes.exposed * hidden_f,
             backward_ns + lanes.exposed * hidden_b,
-            self._between(parameters, lanes),
+            self._traffic(lanes, "between", parameters),
         )
 
     def _reduction(
-        self, parameters: int, num_layers: int, forward_ns: Floats, backward_ns: Floats,
+        self, parameters: Int64, num_layers: Int64, forward_ns: Floats, backward_ns: Floats,
         lanes: Lanes,
     ) -> Floats:  # fmt: skip
         """Return what is left of the data-parallel traffic of a step, gradients and parameters."""
-        stack, experts = self.stack, self._experts(num_layers)
+        stack, experts = self.stack, np.asarray(self._experts(num_layers))
 
-        def exchange(kind: str | None, bytes_each: int) -> Floats:
-            shared = self._in_buckets(kind, (parameters - experts) * bytes_each, 1, lanes)
-            return shared + self._in_buckets(kind, experts * bytes_each, self.layout.ep, lanes)
+        def exchange(what: str, bytes_each: int) -> Floats:
+            shared = self._traffic(lanes, what, (parameters - experts) * bytes_each)
+            if self.layout.ep == 1:
+                return shared
+            return shared + self._traffic(lanes, f"{what} of experts", experts * bytes_each)
 
-        reduced = exchange(None, self.reduction_bytes)
-        left = _left(reduced, backward_ns, num_layers, stack.overlaps_gradients, lanes.exposed)
+        reduced = exchange("reduction", self.reduction_bytes)
+        left = left_over(reduced, backward_ns, num_layers, stack.overlaps_gradients, lanes.exposed)
         if all(at.layout.sharding == "none" for at in self._places):
             return left
-        gathered = exchange("all_gather", self.stored)
+        gathered = exchange("gathering", self.stored)
         return (
             left
-            + _left(gathered, forward_ns, num_layers, stack.overlaps_parameters, lanes.exposed)
-            + self._between(parameters, lanes)
+            + left_over(gathered, forward_ns, num_layers, stack.overlaps_parameters, lanes.exposed)
+            + self._traffic(lanes, "between", parameters)
         )
 
-    def _between(self, parameters: int, lanes: Lanes) -> Floats:
-        """Return the reduction of shards between the groups of hybrid sharding."""
+    def _traffic(self, lanes: Lanes, what: str, sizes: Floats | Int64) -> Floats:
+        """Return what a collective of replicas takes, [K, L], of K `sizes` [K, 1].
 
-        def reduced(at: Places) -> tuple[int, Estimate]:
-            if at.layout.shard_ranks in (1, at.layout.replicas):
-                return INTRA, Estimate(0.0)
-            share = parameters / at.layout.shard_ranks
-            return at.shard_groups("all_reduce", share * self.reduction_bytes)
-
-        return self._traffic(lanes, reduced)
-
-    def _traffic(self, lanes: Lanes, time: Callable[[Places], tuple[int, Estimate]]) -> Floats:
-        """Return what a collective takes, [L], that is `time` of a layout alone, and its tier."""
-        found = [time(places) for places in self._places]
-        ns = np.array([estimate.ns for _, estimate in found])
-        tiers = [tier for tier, _ in found]
-        # Either there is one layout or one lane.
-        return np.asarray((ns[:, None] * lanes.factor[tiers]).ravel())
-
-    def _in_buckets(self, kind: str | None, size_bytes: float, copies: int, lanes: Lanes) -> Floats:
-        """Return a collective among the replicas, bucket after bucket; see `Places.replicas`.
-
-        Without a `kind` it is the reduction of gradients, whole or scattered; what is not sharded
-        is not gathered.
+        `what` is a method of `_COLLECTIVES`; either there is one layout or one lane.
         """
+        rows = []
+        for size in sizes[:, 0].tolist():
+            if (known := self._known.get((what, size))) is None:
+                found = [_COLLECTIVES[what](self, at, size) for at in self._places]
+                ns, tiers = np.array([each.ns for _, each in found]), [tier for tier, _ in found]
+                known = self._known[what, size] = ns[:, None], np.array(tiers)
+            ns_of, tiers_of = known
+            rows.append((ns_of * lanes.factor[tiers_of]).ravel())
+        return np.stack(rows)
+
+    def _between(self, at: Places, parameters: float) -> tuple[int, Estimate]:
+        """Return the reduction of shards between the groups of hybrid sharding."""
+        if at.layout.shard_ranks in (1, at.layout.replicas):
+            return INTRA, Estimate(0.0)
+        return at.shard_groups(
+            "all_reduce", parameters / at.layout.shard_ranks * self.reduction_bytes
+        )
+
+    def _reduced(self, at: Places, size_bytes: float, copies: int = 1) -> tuple[int, Estimate]:
+        """Return the reduction of gradients, whole or scattered, bucket after bucket."""
+        kind = "reduce_scatter" if at.layout.sharding != "none" else "all_reduce"
+        return self._in_buckets(at, kind, size_bytes, copies)
+
+    def _gathered(self, at: Places, size_bytes: float, copies: int = 1) -> tuple[int, Estimate]:
+        """Return the gathering of updated parameters; what is not sharded is not gathered."""
+        if at.layout.sharding == "none":
+            return INTRA, Estimate(0.0)
+        return self._in_buckets(at, "all_gather", size_bytes, copies)
+
+    def _in_buckets(
+        self, at: Places, kind: str, size_bytes: float, copies: int
+    ) -> tuple[int, Estimate]:
+        """Return a collective among the replicas, bucket after bucket; see `Places.replicas`."""
         count = max(1, math.ceil(size_bytes / self.stack.gradient_bucket_bytes))
+        tier, time = at.replicas(kind, size_bytes / count, copies)
+        return tier, time._replace(ns=count * time.ns)
 
-        def bucket(at: Places) -> tuple[int, Estimate]:
-            is_sharded = at.layout.sharding != "none"
-            if kind is not None and not is_sharded:
-                return INTRA, Estimate(0.0)
-            reduction = "reduce_scatter" if is_sharded else "all_reduce"
-            return at.replicas(kind or reduction, size_bytes / count, copies)
-
-        return count * self._traffic(lanes, bucket)
-
-    def _optimizer(self, parameters: int, experts: int, lanes: Lanes) -> Floats:
+    def _optimizer(self, parameters: Int64, experts: Int64, lanes: Lanes) -> Floats:
         """Return clipping, AdamW and zeroing: what each must read and write of its owner's share.
 
-        AdamW reads the gradient, reads and writes the master copy and two moments, and writes the
-        parameter; the norm reads the gradients, and zeroing writes those that are kept whole.
+        The norm reads the gradients, and zeroing writes those that are kept whole. AdamW may be the
+        host's, which gets what is clipped and comes before the next step.
         """
-        stack, ep = self.stack, self.layout.ep
+        ep, widths = self.layout.ep, Widths.of(self.stack, self.stored)
         shards = np.array([at.layout.shard_ranks for at in self._places])
         is_whole = np.array([at.layout.sharding in ("none", "zero1") for at in self._places])
         owned = (parameters - experts) / shards + experts / np.maximum(1, shards // ep)
-        moments = stack.moment_bytes or 2 * self.stored
-        update = 2 * self.gradient_bytes + 2 * (stack.master_bytes or self.stored) + 2 * moments
-        update += self.gradient_bytes + (self.stored if stack.master_bytes else 0)
-        size_bytes = owned * update + np.where(is_whole, parameters, owned) * (
-            2 * self.gradient_bytes
-        )
-        passes = [memory_pass(self.work.gpu, int(each)).ns for each in size_bytes]
-        return np.asarray(passes * lanes.factor[MEMORY] + OPTIMIZER_CALLS * lanes.launch)
+        update = 2 * widths.gradient + (0 if self._host else widths.adam)
+        size_bytes = owned * update + np.where(is_whole, parameters, owned) * (2 * widths.gradient)
+        here = self._pass_ns(size_bytes, lanes) + OPTIMIZER_CALLS * lanes.launch
+        if self._host is None:
+            return here
+        return here + self._host.update_ns(owned, widths, self.stack.gradient_bucket_bytes)
 
-    def _pass_ns(self, size_bytes: float, lanes: Lanes) -> Floats:
-        return np.asarray(memory_pass(self.work.gpu, int(size_bytes)).ns * lanes.factor[MEMORY])
+    def _pass_ns(self, size_bytes: Floats | Int64 | int, lanes: Lanes) -> Floats:
+        """Return `memory_pass` of sizes."""
+        curve = memory_curve(self.work.gpu)
+        ns = curve.launch_ns + 1e9 * np.floor(size_bytes) / curve.bytes_per_s
+        return np.asarray(ns * lanes.factor[MEMORY])
+
+
+_COLLECTIVES: Mapping[str, Callable[[StepModel, Places, float], tuple[int, Estimate]]] = {
+    "all_gather": lambda _, at, size: at.replicas("all_gather", size),
+    "reduce_scatter": lambda _, at, size: at.replicas("reduce_scatter", size),
+    "between": lambda step, at, size: step._between(at, size),
+    "reduction": lambda step, at, size: step._reduced(at, size),
+    "reduction of experts": lambda step, at, size: step._reduced(at, size, step.layout.ep),
+    "gathering": lambda step, at, size: step._gathered(at, size),
+    "gathering of experts": lambda step, at, size: step._gathered(at, size, step.layout.ep),
+}
+"""The data-parallel traffic by name, of so many bytes (of parameters: between)."""
 
 
 def built(layout: Layout) -> Schedule:
@@ -338,67 +386,31 @@ def _whole(ns: Floats) -> Int64:
     return np.rint(ns).astype(np.int64)
 
 
-class _Program(NamedTuple):
-    """A program of `walk_streams`; `which` [N] says whose time each op takes."""
+def prefetched(unit: Floats, gather: Floats, scatter: Floats, units: Int64) -> Floats:
+    """Return the time of `units` equal computations, each gathered while the one before it runs.
 
-    stream: Int32
-    after: Int32
-    which: npt.NDArray[np.intp]
+    On a second stream unit u + 1 is gathered when u starts, and u is scattered when it is done and
+    that is gathered. With c, g and s for the three and U units, that is g + c + s for one and
+    g + max(g, c) + (U - 2) max(c, g + s) + max(c, s) + s for more.
 
-    def walked(self, *times: Floats) -> Floats:
-        """Return when the program ends, [L], of ops that take `times`, [L] each."""
-        ns = _whole(np.stack(np.broadcast_arrays(*times)))
-        ends = walk_streams(self.stream, self.after, ns[self.which], 2)
-        return np.asarray(ends.max(axis=0), np.float64)
-
-
-def _program(ops: Sequence[tuple[int, int, int]]) -> _Program:
-    """Return the program of `ops`: the stream, what it comes after and whose time it takes."""
-    stream, after, which = np.array(ops, np.int32).T
-    return _Program(np.ascontiguousarray(stream), np.ascontiguousarray(after), which.astype(int))
-
-
-@lru_cache(maxsize=1024)
-def _prefetch(units: int, *, scatters: bool) -> _Program:
-    """Return `units` computations (0), each gathered (1) while the one before it runs.
-
-    The exchange stream gathers unit u + 1 when unit u starts, and scatters (2) u behind it.
+    >>> prefetched(np.array([5.0]), np.array([3.0]), np.array([4.0]), np.array([1, 2, 9])).tolist()
+    [12.0, 17.0, 66.0]
     """
-    ops = [(EXCHANGE, -1, 1)]
-    gathered, computed = 0, -1
-    for number in range(units):
-        compute_after, before = gathered, computed
-        if number + 1 < units:
-            gathered = len(ops)
-            ops.append((EXCHANGE, before, 1))
-        computed = len(ops)
-        ops.append((COMPUTE, compute_after, 0))
-        if scatters:
-            ops.append((EXCHANGE, computed, 2))
-    return _program(ops)
+    steady = np.maximum(unit, gather + scatter)
+    more = gather + np.maximum(gather, unit) + np.maximum(unit, scatter) + scatter
+    return np.asarray(np.where(units == 1, gather + unit + scatter, more + (units - 2) * steady))
 
 
-def _prefetched(unit: Floats, gather: Floats, scatter: Floats | None, units: int) -> Floats:
-    """Return `units` equal computations, each gathered while the one before it runs."""
-    if scatter is None:
-        return _prefetch(units, scatters=False).walked(unit, gather)
-    return _prefetch(units, scatters=True).walked(unit, gather, scatter)
-
-
-@lru_cache(maxsize=1024)
-def _overlap(units: int) -> _Program:
-    """Return `units` computations (0), behind each of which an exchange (1) starts."""
-    return _program(
-        [op for unit in range(units) for op in ((COMPUTE, -1, 0), (EXCHANGE, 2 * unit, 1))]
-    )
-
-
-def _left(exchange: Floats, compute: Floats, units: int, overlaps: bool, exposed: Floats) -> Floats:
+def left_over(
+    exchange: Floats, compute: Floats, units: Int64, overlaps: bool, exposed: Floats
+) -> Floats:
     """Return what of `exchange` is left behind `compute`, of which it takes a share unit by unit.
 
-    Never less than the part that experience says is not hidden.
+    Each share x waits for that of the computation c: max(c + U x, U c + x) in all. Never less than
+    the part that experience says is not hidden.
     """
-    if not overlaps or units == 0:
+    if not overlaps:
         return exchange
-    end = _overlap(units).walked(compute / units, exchange / units)
-    return np.asarray(np.maximum(end - compute, exposed * exchange))
+    parts = np.maximum(units, 1)
+    behind = np.maximum(exchange / parts, exchange - compute * (parts - 1) / parts)
+    return np.asarray(np.where(units > 0, np.maximum(behind, exposed * exchange), exchange))
