@@ -2,7 +2,6 @@
 
 from collections.abc import Callable, Iterator
 from dataclasses import replace
-from functools import cached_property
 from typing import NamedTuple
 
 import numpy as np
@@ -156,6 +155,10 @@ class _Cases:
         self._homes = homes_of(base.pp, base.stages_per_rank, start.pipeline.homes)
         self._more_bytes = basis.more_bytes(base.pp)
         self._is_whole = "none" not in space.recomputations
+        # By kinds of recomputation: what does not depend on the schedule.
+        self._room: dict[Recompute, tuple[Int64, Int64]] = {}
+        self._kept: dict[Recompute, Int64] = {}
+        self._parts: dict[Recompute, Floats] = {}
 
     def layout(
         self, row: int, schedule: str, kind: Recompute = "none", again: tuple[int, ...] = ()
@@ -203,9 +206,11 @@ class _Cases:
 
     def _recomputing(self, kind: Recompute, again: Int64) -> Int64:
         """Return backwards, [R, S], that are no longer than those that recompute so much."""
-        parts = np.array([self.basis.parts(replace(self._base, recompute=kind))])
-        table = parts_of_stages(parts, self._homes)
-        table = np.broadcast_to(table, (len(again), *table.shape[1:]))
+        if kind not in self._parts:
+            parts = np.array([self.basis.parts(replace(self._base, recompute=kind))])
+            self._parts[kind] = parts_of_stages(parts, self._homes)
+        own = self._parts[kind]
+        table = np.broadcast_to(own, (len(again), *own.shape[1:]))
         backward = pipelines(table, self._layers[None, :], again).backward
         return np.floor(backward).astype(np.int64) - ROUNDING_NS
 
@@ -231,11 +236,11 @@ class _Cases:
             self._room[kind] = rooms[:, [unlike[place] for place in places]], totals
         return self._room[kind]
 
-    @cached_property
-    def _room(self) -> dict[Recompute, tuple[Int64, Int64]]:
-        return {}
-
     def _activations(self, kind: Recompute) -> Int64:
-        costs = self.basis.costs
-        layout = replace(self._base, recompute=kind)
-        return np.array(stage_activation_bytes(costs.model, costs.workload, layout, costs.stack))
+        """Return what each stage keeps of a micro-batch, [S]."""
+        if kind not in self._kept:
+            costs, layout = self.basis.costs, replace(self._base, recompute=kind)
+            self._kept[kind] = np.array(
+                stage_activation_bytes(costs.model, costs.workload, layout, costs.stack)
+            )
+        return self._kept[kind]

@@ -3,7 +3,7 @@
 import math
 
 from planner.plan import Certificate
-from reports.words import count, joined
+from reports.words import count
 
 OBJECTIVE_WORDS = {
     "step_time": "step time",
@@ -83,9 +83,9 @@ def stages(certificate: Certificate) -> tuple[tuple[str, str, str], ...]:
     found = [
         ("accounted for", certificate.num_layouts),
         *rejections,
-        ("bounded away: none can be better", certificate.num_bounded),
+        ("bounded away, never timed", certificate.num_bounded),
         ("timed by their full schedule", certificate.num_timed),
-        ("left open when the search ended", certificate.num_open),
+        ("left open when the search ended: the bound holds", certificate.num_open),
     ]
     return tuple(
         (name, count(number), f"{100 * number / max(1, certificate.num_layouts):.1f} %")
@@ -98,7 +98,7 @@ def front_text(objectives: tuple[str, ...]) -> str:
     """Return what the front of these objectives is.
 
     >>> front_text(("step_time", "memory_headroom"))
-    'what betters one of step time and memory of the fullest rank worsens another'
+    'of all that was timed, what betters step time or memory of the fullest rank worsens another'
     """
-    names = joined([OBJECTIVE_WORDS[name] for name in objectives])
-    return f"what betters one of {names} worsens another"
+    *first, last = (OBJECTIVE_WORDS[name] for name in objectives)
+    return f"of all that was timed, what betters {', '.join(first)} or {last} worsens another"

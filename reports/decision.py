@@ -35,7 +35,7 @@ def tokens_per_s(plan: Plan, step_ns: int) -> str:
 
 
 def decided(study: Study, prefix: str) -> Section:
-    """Return the first section: the choice in two sentences, the headline numbers, the trust."""
+    """Return the first section: the choice in few sentences, the headline numbers, the trust."""
     view = study.best
     plan = view.plan
     place = f"{count(plan.layout.num_ranks)} rank{'s' if plan.layout.num_ranks > 1 else ''}"
@@ -53,8 +53,10 @@ def decided(study: Study, prefix: str) -> Section:
             f"{predicted} (P10 to P90: {band(plan.step.p10_ns, plan.step.p90_ns)}); nobody has run "
             "it yet."
         )
+    proof = proof_text(plan.certificate)
+    third = f" {proof[:1].upper()}{proof[1:]}." if plan.ranking else ""
     blocks = (
-        Text(text=f"{first} {second}", role="lead"),
+        Text(text=f"{first} {second}{third}", role="lead"),
         _headline(view),
         Text(text=_confidence(view), role="note"),
     )
@@ -162,8 +164,9 @@ def _searched(study: Study) -> list[Block]:
     certificate = study.best.plan.certificate
     proof = proof_text(certificate)
     text = (
-        f"{proof[:1].upper()}{proof[1:]}. That holds of every layout of the space, those included "
-        "that were never timed: a bound says of each how good it can be at most."
+        f"Every one of the {count(certificate.num_layouts)} layouts of the space is accounted for, "
+        "and of each that was not timed a bound says how good it can be at most. "
+        f"{proof[:1].upper()}{proof[1:]}."
     )
     head = ("layouts", "", "share")
     return [Text(text=text), Table(head=head, align="lrr", rows=stages(certificate))]
@@ -188,7 +191,7 @@ def _front(study: Study, ranking: Sequence[Candidate], prefix: str) -> list[Bloc
     ]
     caption = (
         f"The front of {count(len(front))} layouts, filled, with their places in the ranking; the "
-        f"one decided on is larger. On it {front_text(objectives)}."
+        f"one decided on is larger: {front_text(objectives)}."
     )
     return [Drawing(svg=front_figure(f"{prefix}front", objectives, points), caption=caption)]
 
@@ -233,7 +236,7 @@ def _ranked(
         notes.append("* on the front.")
     if any(each.step.is_extrapolated for _, each in shown):
         notes.append("~ extrapolated: some cost lies outside what was profiled.")
-    table = Table(head=head, align="rn" + "r" * (len(head) - 2), rows=rows, marked=marked)
+    table = Table(head=head, align="rb" + "r" * (len(head) - 2), rows=rows, marked=marked)
     return [table, *([Text(text=" ".join(notes), role="note")] if notes else [])]
 
 
@@ -285,7 +288,7 @@ def others(study: Study, prefix: str) -> Section:
             (rule, count(number), *_example(examples.get(rule))) for rule, number in by_rule
         )
         head = ("rule", "layouts", "for example", "because")
-        blocks.append(Table(head=head, align="nrnl", rows=rows))
+        blocks.append(Table(head=head, align="nrbl", rows=rows))
     return Section(question="Why not the others?", anchor=f"{prefix}others", blocks=tuple(blocks))
 
 

@@ -17,8 +17,8 @@ class Text:
 class Table:
     """Rows of text. Rows in `marked` stand out; a `headline` is set larger.
 
-    `align` holds a letter for each column: `l` left, `r` right, `n` left and never broken. Raises
-    ValueError for a row that does not have a cell for each column.
+    `align` holds a letter for each column: `l` left, `r` right, `n` left and never broken, `b` left
+    and broken after commas. Raises ValueError for a row that does not have a cell for each column.
     """
 
     head: tuple[str, ...]

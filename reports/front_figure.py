@@ -70,7 +70,7 @@ def _rate(most: float) -> tuple[float, str]:
 
 _SCALES: Mapping[str, Callable[[float], tuple[float, str]]] = {
     "tokens_per_s": _rate,
-    "dollars_per_mtoken": lambda _most: (1.0, "$ a million"),
+    "dollars_per_mtoken": lambda most: (1.0, "$ a million") if most > 2 else (0.01, "ct a million"),
     "joules_per_token": lambda _most: (1.0, "J"),
     "memory_headroom": lambda most: (2.0**30, "GiB") if most >= 2**30 else (2.0**20, "MiB"),
     "goodput": _rate,

@@ -3,9 +3,13 @@
 import shlex
 from collections.abc import Mapping
 
+from planner.facts import facts_of
+from planner.objectives import told
 from planner.plan import Plan
-from profiles.cluster import ClusterSpec, LinkSpec
+from profiles.cluster import ClusterSpec, LinkSpec, Operation
+from profiles.goal import BEST_IS_HIGH
 from profiles.quantity import format_quantity
+from reports.certificate import OBJECTIVE_WORDS
 from reports.document import Block, Commands, Section, Table, Text
 from reports.views import RunView, Study
 from reports.words import count, duration, joined, origin_text, size
@@ -24,6 +28,9 @@ def made_of(study: Study, prefix: str) -> Section:
             f"{work.dtype}; {work.optimizer}, learning rate {work.learning_rate:g}",
         ),
         *(("cluster", line) for line in _cluster(plan.cluster)),
+        *_operation(plan.cluster.operation),
+        ("goal", _goal(plan)),
+        *(("note", note) for note in facts_of(plan).assumptions),
         (
             "stack",
             f"{plan.stack.name}; {_origin(plan.stack.source, plan.stack.date)}",
@@ -89,7 +96,49 @@ def _cluster(cluster: ClusterSpec) -> list[str]:
         )
     if (link := cluster.inter_node) is not None:
         lines.append(f"between nodes {_link(link)}")
+    if (uplinks := cluster.uplinks) is not None:
+        lines.append(
+            f"over pods of {count(uplinks.pod_nodes)} nodes at full rate, uplinks of 1 / "
+            f"{uplinks.oversubscription:g} of their NICs ({_origin(uplinks.source, uplinks.date)})"
+        )
     return lines
+
+
+def _operation(operation: Operation) -> list[tuple[str, str]]:
+    """Return what the job file says of money, power and failures; it is its own source."""
+    rows = []
+    if operation.dollars_per_gpu_hour is not None:
+        rows.append(("price", f"${operation.dollars_per_gpu_hour:,.4g} a GPU-hour"))
+    if operation.watts_per_gpu is not None:
+        watts = format_quantity(operation.watts_per_gpu, "watts")
+        rows.append(("power", f"{watts} a GPU with its share of the node"))
+    if operation.pue is not None:
+        rows.append(("power", f"PUE {operation.pue:g}"))
+    if operation.interruptions_per_gpu_day is not None:
+        rate = operation.interruptions_per_gpu_day
+        rows.append(("failures", f"{rate:.3g} interruptions per GPU-day"))
+    if operation.restart_ns is not None:
+        rows.append(("failures", f"{duration(operation.restart_ns)} to restart"))
+    if operation.checkpoint_bytes_per_s is not None:
+        rate_text = format_quantity(operation.checkpoint_bytes_per_s, "bytes/s")
+        rows.append(("checkpoints", f"written at {rate_text}, all ranks together"))
+    if operation.checkpoint_stall_ns is not None:
+        stall = duration(operation.checkpoint_stall_ns)
+        rows.append(("checkpoints", f"stop the job for {stall} each"))
+    return [(name, f"{text} (source: the job file)") for name, text in rows]
+
+
+def _goal(plan: Plan) -> str:
+    """Return what the search was to make best, within which limits."""
+    goal = plan.goal
+    limits = [
+        f"{OBJECTIVE_WORDS[name]} {'at least' if name in BEST_IS_HIGH else 'at most'} "
+        f"{told(name, goal.limits[name])}"
+        for name in goal.asks_for
+        if name in goal.limits
+    ]
+    best = f"best {joined([OBJECTIVE_WORDS[name] for name in goal.objectives])}"
+    return "; ".join([best, *limits])
 
 
 def _link(link: LinkSpec) -> str:

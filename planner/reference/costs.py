@@ -101,15 +101,19 @@ class ReferenceCosts:
 
         How `layout` splits its layers into stages and shards its states does not matter.
         """
-        key = (*_work_key(layout), layout.num_microbatches > 1)
-        if (found := self._parts.get(key)) is None:
-            found = self._parts[key] = self._parts_of_work(self._step(layout))
+        work = (*_work_key(layout), layout.num_microbatches > 1)
+        if (found := self._parts.get(work)) is None:
+            found = self._parts[work] = self._parts_of_work(self._step(layout))
         if layout.pp == 1:
             return found
-        step, lanes = self._step(layout), self._real
-        return found._replace(
-            message_host=float(step.messages(lanes, 1).host[0]), send=float(step.send_ns(lanes)[0])
-        )
+        mesh = (*work, layout.pp, layout.dp, layout.order)
+        if (whole := self._parts.get(mesh)) is None:
+            step, lanes = self._step(layout), self._real
+            whole = self._parts[mesh] = found._replace(
+                message_host=float(step.messages(lanes, 1).host[0]),
+                send=float(step.send_ns(lanes)[0]),
+            )
+        return whole
 
     def _parts_of_work(self, step: StepModel) -> Parts:
         """Return the parts of one rank's work, without messages."""

@@ -1,0 +1,407 @@
+"""Variants of a job: numerics and the optimizer's place, their time, their memory, their search."""
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from planner.cost import measured_costs
+from planner.evaluate import Costs
+from planner.plan import PeakMemory, load_plan, save_plan
+from planner.predict import memory_of, predict
+from planner.reference.costs import reference_costs
+from planner.search import Effort, InfeasibleError, make_plan, search
+from planner.setup import Setup
+from planner.variants import search_variants, variant_name, variant_text, variants_of
+from profiles.choices import Choices
+from profiles.cluster import ClusterSpec, HostSpec
+from profiles.errors import InvalidInputError, UnsupportedError
+from profiles.job import Job, read_job
+from profiles.presets import cluster_preset, host_preset, host_presets, link_preset, stack_preset
+from profiles.stack import StackSpec, changed_stack
+from tests.machine import made_up_job, made_up_profile
+from tests.setups import MOE, SMALL, STACK, pass_ns, setup_of, stage
+from tests.worlds import reference_job
+
+OFFLOADING = replace(STACK, offloads_optimizer=True)
+GRADIENT, PARAMETER, STATES = 4, 2, 4 + 8
+"""Bytes of each parameter of `STACK` in bf16; its states are a master copy and two moments."""
+ADAM = GRADIENT + 2 * STATES + PARAMETER
+ROUND = HostSpec(
+    name="round", memory_bytes=10**12, memory_bytes_per_s=80e9, source="made up for tests",
+    date="2026-01-01", link=replace(link_preset("pcie5"), bytes_per_s=5e9, latency_ns=1000),
+)  # fmt: skip
+
+
+def with_host(cluster: ClusterSpec, host: HostSpec | None) -> ClusterSpec:
+    return replace(cluster, pools=tuple(replace(pool, host=host) for pool in cluster.pools))
+
+
+def offloaded(
+    host: HostSpec | None = ROUND, stack: StackSpec = OFFLOADING, **axes: object
+) -> Setup:
+    """Return a setup on one node of eight H100 with `host`."""
+    cluster = with_host(cluster_preset("h100-sxm"), host)
+    return setup_of(stack=stack, cluster=cluster, **axes)
+
+
+def kept(setup: Setup) -> Setup:
+    """Return the same setup with its optimizer on the GPU."""
+    return replace(setup, stack=replace(setup.stack, offloads_optimizer=False))
+
+
+def peak(setup: Setup) -> PeakMemory:
+    (only,) = memory_of(setup)
+    return only
+
+
+def choosing(job: Job, **choices: Sequence[object]) -> Job:
+    return replace(job, choices=Choices(**choices))  # type: ignore[arg-type]
+
+
+# The time of an update on the host.
+
+
+@pytest.mark.parametrize(("sharding", "shards"), [("none", 1), ("zero1", 8), ("zero3", 8)])
+def test_an_update_on_the_host_is_closed_form(sharding: str, shards: int) -> None:
+    """A link of 5 GB/s, and an eighth of 80 GB/s of memory for each of eight GPUs."""
+    setup = offloaded(dp=8, sharding=sharding)
+    parameters = round(
+        peak(kept(setup)).gradients / GRADIENT * (shards if sharding == "zero3" else 1)
+    )
+    found, own = stage(setup), stage(kept(setup))
+    # Norms are more than what the step counts as parameters, by less than a thousandth.
+    owned = parameters / shards
+    seconds = (GRADIENT + PARAMETER) * owned / 5e9 + ADAM * owned / 10e9
+    adam_here = pass_ns(owned * (2 * GRADIENT + ADAM)) - pass_ns(owned * 2 * GRADIENT)
+    assert found.optimizer[0] - own.optimizer[0] == pytest.approx(
+        1e9 * seconds - adam_here, rel=2e-3
+    )
+    assert (found.forward[0], found.reduction[0]) == (own.forward[0], own.reduction[0])
+
+
+@pytest.mark.parametrize(
+    ("dp", "link", "memory", "rate"),
+    [(2, 5e9, 80e9, 5e9), (8, 5e9, 80e9, 5e9), (8, 50e9, 80e9, 10e9)],
+)
+def test_the_slower_of_link_and_shared_memory_binds(
+    dp: int, link: float, memory: float, rate: float
+) -> None:
+    host = replace(ROUND, link=replace(ROUND.link, bytes_per_s=link), memory_bytes_per_s=memory)
+    fast = replace(host, link=replace(host.link, bytes_per_s=1e18), memory_bytes_per_s=1e18)
+    slow, free = (stage(offloaded(each, dp=dp)) for each in (host, fast))
+    owned = peak(kept(offloaded(dp=dp))).gradients / GRADIENT
+    traffic, adam = (GRADIENT + PARAMETER) * owned / rate, ADAM * owned / (memory / dp)
+    assert slow.optimizer[0] - free.optimizer[0] == pytest.approx(1e9 * (traffic + adam), rel=2e-3)
+
+
+def test_each_bucket_has_its_latency() -> None:
+    small = replace(OFFLOADING, gradient_bucket_bytes=1 << 20)
+    far = replace(ROUND, link=replace(ROUND.link, latency_ns=2000))
+    near, later = (stage(offloaded(host, small, dp=8)) for host in (ROUND, far))
+    owned = peak(kept(offloaded(dp=8))).gradients / GRADIENT
+    messages = owned * GRADIENT / 2**20 + owned * PARAMETER / 2**20
+    assert later.optimizer[0] - near.optimizer[0] == pytest.approx(1000 * messages, rel=5e-3)
+
+
+def test_what_no_run_was_compared_with_is_extrapolated() -> None:
+    setup = offloaded(stack=changed_stack(stack_preset("nemo"), "bf16", optimizer_offload=True))
+    own = predict(replace(setup, stack=stack_preset("nemo"))).step
+    step = predict(setup).step
+    assert (step.is_extrapolated, own.is_extrapolated) == (True, False)
+    assert step.p90_ns / step.p50_ns > own.p90_ns / own.p50_ns
+
+
+def test_a_host_of_which_nothing_is_known_is_no_host() -> None:
+    with pytest.raises(UnsupportedError, match="nothing is known of the hosts of h100-sxm"):
+        predict(offloaded(None))
+    job = reference_job(stack="nemo")
+    asked = replace(job, cluster=with_host(job.cluster, None), stack=OFFLOADING)
+    with pytest.raises(UnsupportedError, match="or keep the optimizer on the GPU"):
+        reference_costs(asked)
+
+
+@pytest.mark.parametrize("name", host_presets())
+def test_hosts_are_slower_than_the_memory_of_a_gpu(name: str) -> None:
+    host = host_preset(name)
+    assert 10e9 < host.link.bytes_per_s < host.memory_bytes_per_s
+    assert 100 * 2**30 * 8 < host.memory_bytes < 20e12
+    assert host.source
+    assert host.date
+
+
+# Its memory.
+
+
+@pytest.mark.parametrize("model", [SMALL, MOE])
+@pytest.mark.parametrize("sharding", ["none", "zero1", "zero2", "zero3"])
+def test_the_states_leave_the_gpu(model: object, sharding: str) -> None:
+    """Nothing else changes but a bucket in each direction; under zero3 the parameters stay."""
+    setup = offloaded(stack=replace(OFFLOADING, gradient_bucket_bytes=10_000_000), dp=8,
+                      sharding=sharding)  # fmt: skip
+    setup = replace(setup, model=model)  # type: ignore[arg-type]
+    away, here = peak(setup), peak(kept(setup))
+    assert away.optimizer == 0
+    assert away.gradients == here.gradients
+    assert away.buffers - here.buffers == 2 * 10_000_000
+    share = here.optimizer // STATES
+    assert away.parameters - here.parameters == (PARAMETER * share if sharding == "zero3" else 0)
+    assert (away.activations, away.context) == (here.activations, here.context)
+
+
+@given(st.integers(0, 2**36), st.integers(0, 2**36))
+def test_a_small_bucket_is_staged_whole(bucket: int, other: int) -> None:
+    """Never more than the gradients and parameters of a GPU's own, and more of a larger bucket."""
+    less, more = sorted((bucket, other))
+    few, many = (
+        peak(offloaded(stack=replace(OFFLOADING, gradient_bucket_bytes=size), dp=8)).buffers
+        for size in (less, more)
+    )
+    owned = peak(offloaded(dp=8)).gradients // GRADIENT
+    assert few <= many <= (GRADIENT + PARAMETER) * owned
+
+
+def test_conversion_is_the_hosts() -> None:
+    narrow = replace(OFFLOADING, gradient_bytes=2)
+    assert peak(offloaded(stack=narrow)).update == 0
+    assert peak(kept(offloaded(stack=narrow))).update > 0
+
+
+# What a job says.
+
+JOB = """
+[model]
+preset = "llama-3-8b"
+[workload]
+seq_len = 4096
+global_batch = 64
+dtype = "bf16"
+[cluster]
+preset = "h100-sxm"
+[stack]
+preset = "megatron-2023"
+"""
+
+
+def read(tmp_path: Path, *overrides: str, text: str = JOB) -> Job:
+    path = tmp_path / "job.toml"
+    path.write_text(text)
+    return read_job(path, overrides)
+
+
+def test_single_facts_of_a_stack_are_overridden(tmp_path: Path) -> None:
+    preset = stack_preset("megatron-2023")
+    job = read(tmp_path, "stack.gradient_dtype=bf16", "stack.master_weights=none",
+               "stack.moments_dtype=bf16", "stack.optimizer_offload=true")  # fmt: skip
+    assert job.stack == replace(
+        preset, name="megatron-2023-changed", source=f"{preset.source}; changed in the job",
+        gradient_bytes=2, reduction_bytes=2, master_bytes=0, moment_bytes=4,
+        offloads_optimizer=True,
+    )  # fmt: skip
+    apart = read(tmp_path, "stack.gradient_dtype=bf16", "stack.reduction_dtype=fp32").stack
+    assert (apart.gradient_bytes, apart.reduction_bytes) == (2, 4)
+    assert read(tmp_path, "stack.reduction_dtype=bf16").stack.gradient_bytes == 4
+
+
+def test_what_is_said_but_not_changed_changes_nothing(tmp_path: Path) -> None:
+    job = read(tmp_path, "stack.gradient_dtype=fp32", "stack.reduction_dtype=fp32",
+               "stack.master_weights=fp32", "stack.moments_dtype=fp32",
+               "stack.optimizer_offload=false")  # fmt: skip
+    assert job.stack == stack_preset("megatron-2023")
+    plain = read(tmp_path, "stack.gradient_dtype=bf16", text=JOB.replace("megatron-2023", "nemo"))
+    assert plain.stack == stack_preset("nemo")
+    own = changed_stack(stack_preset("layline-nccl"), "bf16", gradient_dtype="bf16",
+                        moments_dtype="bf16", master_weights="none")  # fmt: skip
+    assert own == stack_preset("layline-nccl")
+
+
+def test_a_stack_without_a_preset_is_our_own(tmp_path: Path) -> None:
+    text = JOB.replace('preset = "megatron-2023"', "optimizer_offload = true")
+    assert read(tmp_path, text=text).stack.name == "layline-nccl-changed"
+
+
+@pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ('search.dtype=["fp8"]', 'search.dtype is ["fp8"]; it must hold workload.dtype ("bf16")'),
+        ('search.gradient_dtype=["bf16"]', "must hold the dtype of stack's gradients"),
+        ("search.optimizer_offload=[true]", "must hold stack.optimizer_offload (false)"),
+        ("search.dtype=[]", "it must hold at least one value"),
+        ('search.dtype=["fp4"]', 'it must be "fp32", "bf16", "fp16" or "fp8"'),
+        ('search.master_weights=["none"]', "no such key is known here"),
+        ("stack.gradient_dtype=fp8", 'it must be "fp32", "bf16" or "fp16"'),
+        ("stack.momentum=1", "no such key is known here"),
+    ],
+)
+def test_what_contradicts_itself_is_told(tmp_path: Path, override: str, words: str) -> None:
+    with pytest.raises(InvalidInputError) as caught:
+        read(tmp_path, override)
+    assert words in str(caught.value)
+
+
+def test_choices_need_peaks_and_one_dtype_of_reduction(tmp_path: Path) -> None:
+    with pytest.raises(InvalidInputError, match="what a100-sxm-80gb has a peak for"):
+        read(tmp_path, 'search.dtype=["bf16", "fp8"]', 'cluster.preset="a100-sxm-80gb"')
+    with pytest.raises(InvalidInputError, match=r"stack\.reduction_dtype is"):
+        read(tmp_path, 'search.gradient_dtype=["fp32", "bf16"]', "stack.reduction_dtype=fp32")
+
+
+def test_a_pool_names_its_host(tmp_path: Path) -> None:
+    pools = '[[cluster.pools]]\ngpu = "h100-sxm"\ngpus_per_node = 8\nintra_node = "nvlink4"\n'
+    text = JOB.replace('[cluster]\npreset = "h100-sxm"\n', pools + 'host = "dgx-h100"\n')
+    assert read(tmp_path, text=text).cluster.pools[0].host == host_preset("dgx-h100")
+    assert read(tmp_path, text=text.replace("host = ", "#")).cluster.pools[0].host is None
+    with pytest.raises(InvalidInputError, match=r"cluster\.pools\.0\.host is .*did you mean"):
+        read(tmp_path, text=text.replace("dgx-h100", "dgx-h10"))
+
+
+def test_our_own_executor_runs_only_what_was_measured(tmp_path: Path) -> None:
+    local = JOB.replace('preset = "h100-sxm"', 'preset = "local"\nranks = 2')
+    local = local.replace('preset = "megatron-2023"', "")
+    assert read(tmp_path, text=local).stack == stack_preset("layline-gloo")
+    with pytest.raises(UnsupportedError, match=r"stack\.optimizer_offload is given"):
+        read(tmp_path, "stack.optimizer_offload=true", text=local)
+    profile = made_up_profile(num_ranks=4)
+    job = choosing(made_up_job(4), optimizer_offload=(False, True))
+    with pytest.raises(UnsupportedError, match="leave these keys out"):
+        search_variants(job, lambda each: measured_costs(each, profile))
+    job = choosing(made_up_job(4), dtype=(job.workload.dtype, "fp8"))
+    with pytest.raises(UnsupportedError, match="fp8"):
+        search_variants(job, lambda each: measured_costs(each, profile))
+
+
+# The search.
+
+
+def small_job(**limits: object) -> Job:
+    return reference_job(stack="torchtitan", nodes=1, global_batch=32,
+                         **({"schedule": ("1f1b",)} | limits))  # fmt: skip
+
+
+def test_a_job_without_choices_is_searched_as_ever() -> None:
+    job = small_job()
+    assert variants_of(job) == (job,)
+    found, _, result = search_variants(job, reference_costs)
+    assert found is job
+    assert result == search(job, reference_costs(job))
+
+
+def test_variants_differ_and_the_job_comes_first() -> None:
+    job = choosing(small_job(), dtype=("bf16", "fp8"), gradient_dtype=("bf16", "fp16", "fp32"),
+                   optimizer_offload=(False, True))  # fmt: skip
+    variants = variants_of(job)
+    assert variants[0] is job
+    assert len(variants) == len({variant_name(job, each) for each in variants}) == 8
+    assert all(variants_of(each) == (each,) for each in variants[1:])
+
+
+@pytest.mark.parametrize(
+    "choices",
+    [
+        {"dtype": ("bf16", "fp8")},
+        {"gradient_dtype": ("fp32", "bf16"), "optimizer_offload": (False, True)},
+        {"dtype": ("fp16", "bf16", "fp32")},
+    ],
+)
+def test_the_best_variant_is_that_of_separate_searches(choices: dict[str, object]) -> None:
+    """What one has reached spares the others work, never a layout that is better."""
+    job = choosing(small_job(), **choices)  # type: ignore[arg-type]
+    alone = {
+        variant_name(job, each): search(each, reference_costs(each)) for each in variants_of(job)
+    }
+    best = min(alone, key=lambda name: alone[name].certificate.value)
+    chosen, costs, result = search_variants(job, reference_costs)
+    assert variant_name(job, chosen) == best
+    assert costs.workload == chosen.workload
+    assert result.ranking == alone[best].ranking
+    assert [each.name for each in result.variants] == list(alone)
+    assert [each.name for each in result.variants if each.is_chosen] == [best]
+    told, certificates = result.certificate, [each.certificate for each in alone.values()]
+    assert told.num_layouts == sum(each.num_layouts for each in certificates)
+    assert told.value == min(each.value for each in certificates)
+    assert told.lower_bound <= told.value
+    assert told.gap == pytest.approx((told.value - told.lower_bound) / told.value)
+    assert told.lower_bound >= 0.98 * min(each.lower_bound for each in certificates)
+
+
+def test_eight_bits_are_chosen_where_they_may_be_and_the_plan_says_so(tmp_path: Path) -> None:
+    job = choosing(reference_job("llama-3-8b", nodes=1, schedule=("1f1b",)), dtype=("bf16", "fp8"))
+    chosen, costs, result = search_variants(job, reference_costs)
+    plan = make_plan(chosen, costs, result, 0, "0")
+    assert plan.workload.dtype == "fp8"
+    assert [(each.name, each.is_chosen) for each in plan.variants] == [
+        ("bf16", False), ("fp8", True),
+    ]  # fmt: skip
+    save_plan(plan, tmp_path / "plan.json")
+    assert load_plan(tmp_path / "plan.json") == plan
+    assert [variant_text(each)[:15] for each in plan.variants] == [
+        "  variant bf16:", "> variant fp8: ",
+    ]  # fmt: skip
+
+
+def test_offload_makes_room_where_host_memory_does() -> None:
+    """LLaMA 70B on one node: 12 B of states a parameter do not fit beside the rest, on the GPU."""
+    job = reference_job("llama-3-70b", nodes=1, global_batch=8, stack="torchtitan",
+                        schedule=("1f1b",))  # fmt: skip
+    with pytest.raises(InfeasibleError, match="however it is sharded"):
+        search(job, reference_costs(job))
+    choice = choosing(job, optimizer_offload=(False, True))
+    chosen, _, result = search_variants(choice, reference_costs)
+    assert chosen.stack.offloads_optimizer
+    assert result.ranking[0].step.is_extrapolated
+    assert [each.reason[:9] for each in result.variants] == ["no layout", ""]
+    host = chosen.cluster.pools[0].host
+    assert host is not None
+    # Master copy, moments and a gradient of 70.6e9 parameters, shared by eight.
+    for enough, scarce in ((True, 1.2e12), (False, 1.0e12)):
+        cluster = with_host(job.cluster, replace(host, memory_bytes=round(scarce)))
+        asked = replace(chosen, cluster=cluster)
+        if enough:
+            assert search(asked, reference_costs(asked)).ranking
+        else:
+            with pytest.raises(InfeasibleError):
+                search(asked, reference_costs(asked))
+
+
+def test_if_nothing_fits_every_variant_is_told() -> None:
+    job = reference_job("llama-3.1-405b", nodes=1, global_batch=8, stack="torchtitan")
+    with pytest.raises(InfeasibleError, match="none of 2 variants") as caught:
+        search_variants(choosing(job, dtype=("bf16", "fp8")), reference_costs)
+    assert "bf16: no layout" in str(caught.value)
+    assert "fp8: no layout" in str(caught.value)
+
+
+def test_a_budget_is_shared_and_each_variant_gets_a_result() -> None:
+    job = choosing(small_job(), dtype=("bf16", "fp8"), gradient_dtype=("fp32", "bf16"))
+    _, _, result = search_variants(job, reference_costs, Effort(budget_s=1e-9))
+    assert len(result.variants) == 4
+    assert all(each.best for each in result.variants)
+    assert result.certificate.num_open > 0
+
+
+@pytest.mark.parametrize("stops_in", ["bf16", "fp8"])
+def test_what_was_not_searched_bounds_nothing(stops_in: str) -> None:
+    """Ctrl-C leaves the best so far; before there is any, it is an interruption."""
+    job = choosing(small_job(), dtype=("bf16", "fp8", "fp16"))
+    asked: list[Job] = []
+
+    def costs_of(each: Job) -> Costs:
+        asked.append(each)
+        return reference_costs(each)
+
+    def interrupt(_: float, what: str) -> None:
+        if what.startswith(stops_in):
+            raise KeyboardInterrupt
+
+    if stops_in == "bf16":
+        with pytest.raises(KeyboardInterrupt):
+            search_variants(job, costs_of, progress=interrupt)
+        return
+    chosen, _, result = search_variants(job, costs_of, progress=interrupt)
+    assert (chosen, len(asked)) == (job, 3)
+    assert result.is_interrupted
+    assert (result.certificate.lower_bound, result.certificate.gap) == (0.0, 1.0)
+    assert [each.reason for each in result.variants[1:]] == ["not searched: interrupted"] * 2
