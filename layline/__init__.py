@@ -1,3 +1,3 @@
 """The face of the project: the command line and the public Python API."""
 
-__version__ = "0.4.0"
+__version__ = "0.5.0"

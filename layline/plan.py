@@ -88,9 +88,9 @@ def plan(
 
     With --sweep, print the best plan of each case; -o is then a folder for the plans.
     """
+    _check_options(bool(sweeps))
     from planner.search import Effort
 
-    _check_options(bool(sweeps))
     effort = Effort(budget_s=budget_s, gap=gap_percent / 100)
     seeded = overrides if seed is None else (*overrides, f"seed={seed}")
     if sweeps:
@@ -140,7 +140,7 @@ def _plan(job_path: Path, overrides: Sequence[str], effort: "Effort", asked: _As
         grounds = walk.grounds_of(job, progress)
         for text in asked.whys:
             _check_layout(text, grounds)
-        result = walk.search_layouts(grounds, effort, progress)
+        grounds, result = walk.search_layouts(grounds, effort, progress)
         race = _raced(grounds, result, asked.num_verified, progress)
     plan = grounds.plan(result, race.chosen if race else 0)
     if asked.output is not None:

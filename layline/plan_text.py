@@ -9,6 +9,7 @@ from planner.lower import simulate_plan
 from planner.objectives import figure, told
 from planner.plan import Candidate, Certificate, Plan
 from planner.search import Effort
+from planner.variants import variant_text
 from reports.certificate import front_text, gain_text, proof_text, rejected, searched_text
 from reports.words import band, count, duration, origin_text, size
 
@@ -33,6 +34,7 @@ def plan_text(
         *_wrapped("", certainty(plan.certificate, effort, is_interrupted=is_interrupted)),
         "",
         *_table(plan, facts, shown_places(plan, num_shown)),
+        *(line for each in plan.variants for line in _wrapped("", variant_text(each))),
         "",
         *_wrapped("bottleneck: ", bottleneck(plan, simulate_plan(plan))),
     ]

@@ -17,7 +17,6 @@ from layline.farm import Farm, Lost
 from layline.walk import (
     Measured,
     Progress,
-    costs_from,
     ignore_progress,
     measured_for,
     plan_with,
@@ -86,7 +85,7 @@ def answer(task: str) -> str:
     question = from_plain(Question, asked, "sweep", _TOGETHER)
     job = question.job
     try:
-        plan = plan_with(job, costs_from(job, question.measured), question.effort)
+        plan = plan_with(job, question.measured, question.effort)
     except _EXPECTED as error:
         return canonical_json(Answer(outcome=_failure(error), plan=""))
     kept = canonical_json(plan) if question.keeps_plan else ""

@@ -5,7 +5,7 @@ line is a thin layer over this module, and a program can call it as well.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal
 
@@ -18,7 +18,8 @@ from planner.plan import Plan, StalePlanError, load_plan
 from planner.record import StepRecord, load_run
 from planner.reference.costs import reference_costs
 from planner.relax import smallest_relaxation
-from planner.search import Effort, InfeasibleError, SearchResult, make_plan, search
+from planner.search import Effort, InfeasibleError, SearchResult, make_plan
+from planner.variants import search_variants
 from profiles.errors import InvalidInputError, UnsupportedError
 from profiles.files import canonical_json, digest, write_text
 from profiles.job import Job, read_job
@@ -128,6 +129,10 @@ class Grounds:
     costs: Costs
     measured: Measured | None
 
+    def costs_of(self, job: Job) -> Costs:
+        """Return what the layouts of this job take, or of another variant of it."""
+        return self.costs if job is self.job else costs_from(job, self.measured)
+
     def plan(self, result: SearchResult, place: int = 0) -> Plan:
         """Return the plan of a place of what was found."""
         return make_plan(self.job, self.costs, result, place, __version__)
@@ -145,18 +150,22 @@ def grounds_of(job: Job, progress: Progress = ignore_progress) -> Grounds:
 
 def search_layouts(
     grounds: Grounds, effort: Effort = DEFAULT_EFFORT, progress: Progress = ignore_progress
-) -> SearchResult:
-    """Return the best layouts of a job; where there are none, the error says what else would do."""
+) -> tuple[Grounds, SearchResult]:
+    """Return the best layouts of a job, on the grounds of the best of its variants.
+
+    Where there are none, the error says what else would do.
+    """
     job = grounds.job
     try:
-        return search(job, grounds.costs, effort, progress)
+        found = search_variants(job, grounds.costs_of, effort, progress)
+        return replace(grounds, job=found.job, costs=found.costs), found.result
     except InfeasibleError as error:
         progress(0.0, "nothing fits; what would")
         try:
             relaxed = smallest_relaxation(job, grounds.world(RELAXING))
         except KeyboardInterrupt:
             raise error from None
-        raise InfeasibleError(f"{error}; {relaxed}") from None
+        raise InfeasibleError(f"{error}\nwhat would do: {relaxed}") from None
 
 
 def plan_job(
@@ -167,12 +176,16 @@ def plan_job(
 ) -> Plan:
     """Return the best plan for a job file; its ranking and rejections are in it."""
     grounds = grounds_of(read_job(job_path, overrides), progress)
-    return grounds.plan(search_layouts(grounds, effort, progress))
+    chosen, result = search_layouts(grounds, effort, progress)
+    return chosen.plan(result)
 
 
-def plan_with(job: Job, costs: Costs, effort: Effort, progress: Progress = ignore_progress) -> Plan:
-    """Return the best plan for `job`, by these costs; reads no file."""
-    return make_plan(job, costs, search(job, costs, effort, progress), 0, __version__)
+def plan_with(
+    job: Job, measured: Measured | None, effort: Effort, progress: Progress = ignore_progress
+) -> Plan:
+    """Return the best plan for `job`, by costs that rest on what was measured; reads no file."""
+    found = search_variants(job, lambda each: costs_from(each, measured), effort, progress)
+    return make_plan(found.job, found.costs, found.result, 0, __version__)
 
 
 def run_series(

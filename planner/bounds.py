@@ -1,11 +1,11 @@
 """Lower bounds of a step that no schedule can go below, for many layouts side by side.
 
 A rank cannot begin before the first micro-batch has come through the stages in front of it, and has
-all of its work to do; then its last gradient goes back through these stages, and the ranks that hold
-them are not done before: the step takes at least head + work + tail of each rank. What follows the
-pipeline comes behind the tail on the ranks that it reaches, behind the work on the rank itself. A
-backward that is split into halves shortens the tail, since the weight halves can be done after the
-gradient has gone back: then it is head + work without weight halves + tail. See docs/models.md.
+all of its work to do; then its last gradient goes back through these stages, and the ranks that
+hold them are not done before: the step takes at least head + work + tail of each rank. What follows
+the pipeline comes behind the tail on the ranks that it reaches, behind the work on the rank itself.
+A backward that is split into halves shortens the tail, since the weight halves can be done after
+the gradient has gone back: then it is head + work without weight halves + tail. See docs/models.md.
 """
 
 from typing import NamedTuple

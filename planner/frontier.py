@@ -1,7 +1,8 @@
 """The frontier: every start of the space with a lower bound of its step, best first."""
 
+import math
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
@@ -23,7 +24,8 @@ MAX_EXAMPLES = 50
 class Tally:
     """What became of the layouts: rejected by a rule, bounded away, timed or still open.
 
-    `told` counts the examples of each rule.
+    `told` counts the examples of each rule; `too_large` is the start that needs least of those that
+    no rank can hold, and what that is.
     """
 
     rejected: Counter[str] = field(default_factory=Counter)
@@ -31,6 +33,12 @@ class Tally:
     told: Counter[str] = field(default_factory=Counter)
     num_bounded: int = 0
     num_timed: int = 0
+    too_large: tuple[float, str] = (math.inf, "")
+
+    @property
+    def num_layouts(self) -> int:
+        """Layouts that are accounted for."""
+        return sum(self.rejected.values()) + self.num_bounded + self.num_timed
 
     def reject(self, rejection: Rejection, count: int = 1) -> None:
         """Count `count` layouts that are no choice, for the reason of `rejection`."""
@@ -90,27 +98,25 @@ def _possible(space: Space, basis: Basis, tally: Tally) -> Iterator[tuple[Start,
             continue
         shardings = len(space.shardings(degrees)) * len(space.recomputations)
         if not shardings:
-            tally.reject(space.no_sharding(degrees))
+            tally.reject(space.no_sharding(degrees), space.num_layouts(degrees))
             continue
         # The fullest rank may be one of those with most memory.
         more_bytes = max(basis.more_bytes(degrees.pp))
-        pipelines_of, refused = space.pipelines(degrees)
-        _reject(tally, refused)
+        pipelines_of, unlike = space.pipelines(degrees)
+        for rejection, count in unlike:
+            tally.reject(rejection, count)
         for pipeline in pipelines_of:
             starts, refused = space.starts(degrees, pipeline)
             num_layouts = shardings * len(pipeline.schedules)
-            _reject(tally, refused, num_layouts)
+            for rejection in refused:
+                tally.reject(rejection, num_layouts)
             for start in starts:
                 need_bytes = _least_bytes(basis, space, start, known) - more_bytes
                 if need_bytes > basis.limit_bytes:
                     tally.reject(_too_large(start, need_bytes, basis.limit_bytes), num_layouts)
+                    tally.too_large = min(tally.too_large, (need_bytes, str(start)))
                 else:
                     yield start, need_bytes, num_layouts
-
-
-def _reject(tally: Tally, rejections: Iterable[Rejection], count: int = 1) -> None:
-    for rejection in rejections:
-        tally.reject(rejection, count)
 
 
 def _too_large(start: Start, need_bytes: int, limit_bytes: int) -> Rejection:

@@ -285,27 +285,34 @@ def _loss_width(element: int, tp: int, stack: StackSpec) -> int:
 class Held(NamedTuple):
     """What one pipeline rank holds beside activations, in bytes; see `PeakMemory`.
 
-    `temporary` is the largest short-lived working set: of one layer's backward; on the last stage
-    of the loss, logits in fp32 and their gradient; and, where gradients are accumulated in another
-    dtype than they are made in, all that the last backward has made by its end, when the
-    activations of its micro-batch are gone. `slack` is `StackSpec.allocator_slack`,
-    and `host` what the host holds for the rank.
+    `working` is the largest short-lived working set: of one layer's backward, and on the last stage
+    of the loss, logits in fp32 and their gradient. Where gradients are accumulated in another dtype
+    than they are made in, `made` is all that the last backward has made by its end, when the
+    activations of its micro-batch are gone, which were `kept`. `slack` is
+    `StackSpec.allocator_slack`, and `host` what the host holds for the rank.
     """
 
     parameters: int
     gradients: int
     optimizer: int
     buffers: int
-    temporary: int
+    working: int
     update: int
     context: int
     slack: float
     host: int = 0
+    made: int = 0
+    kept: int = 0
 
     @property
     def static(self) -> int:
         """What is held all through the step."""
         return self.parameters + self.gradients + self.optimizer + self.buffers
+
+    @property
+    def temporary(self) -> int:
+        """What lies on top of the activations at their peak."""
+        return max(self.working, self.made - self.kept)
 
     def peak(self, activations: int) -> PeakMemory:
         """Return the peak of a rank that holds `activations` at most."""
@@ -322,19 +329,21 @@ class Held(NamedTuple):
             reserve=round(self.slack * in_use),
         )
 
-    def room(self, limit_bytes: int, host_bytes: int = 0) -> int:
-        """Return the activations that the rank has room for, negative where not even for its rest.
+    def left(self, limit_bytes: int, host_bytes: int = 0) -> int:
+        """Return the bytes for activations and what is temporary, -1 where not even for the rest.
 
         `host_bytes` is its share of the host's memory.
 
         >>> held = Held(10, 10, 20, 0, 5, 0, 1, 0.1)
-        >>> held.room(100), held.peak(held.room(100)).total
-        (45, 100)
+        >>> held.left(100), held.peak(held.left(100) - 5).total
+        (50, 100)
         """
-        in_use = int((limit_bytes - self.context) / (1 + self.slack) + 1e-6)
-        left = in_use - self.static
-        fits = left >= self.update and self.host <= host_bytes
-        return left - self.temporary if fits else -1
+        most = limit_bytes - self.context
+        in_use = int(most / (1 + self.slack)) + 1
+        while in_use + round(self.slack * in_use) > most:
+            in_use -= 1
+        fits = in_use - self.static >= self.update and self.host <= host_bytes
+        return in_use - self.static if fits else -1
 
 
 class RankMemory:
@@ -360,6 +369,8 @@ class RankMemory:
         kept = stage_activation_bytes(model, workload, layout, stack)
         known: dict[tuple[int, bool, bool, int], int] = {}
         self._kinds: list[tuple[_Weights, int, int]] = []
+        waits = (stack.gradient_bytes or size.element) != size.element
+        self._waiting: tuple[Sharding, ...] = ("none", "zero1") if waits else ()
         alike = []
         for stages in _stages_of(homes, layout.pp):
             num_layers = sum(layout.stage_layers[stage] for stage in stages)
@@ -368,18 +379,15 @@ class RankMemory:
             if key not in known:
                 known[key] = len(self._kinds)
                 weights = _Weights.of(model, layout, num_layers, is_first=is_first, is_last=is_last)
-                made = size.element * weights.whole - key[3]
-                self._kinds.append((weights, max(working, logits if is_last else 0), made))
+                self._kinds.append((weights, max(working, logits if is_last else 0), key[3]))
             alike.append(known[key])
         self.alike = np.array(alike)
-        self._accumulates = (stack.gradient_bytes or size.element) != size.element
 
     def held(self, layout: Layout, context_bytes: int) -> tuple[Held, ...]:
         """Return what each kind of rank holds beside activations."""
-        waits = self._accumulates and layout.sharding in ("none", "zero1")
         shares = _Shares.of(layout, self._element, self._stack)
         found = []
-        for weights, working, made in self._kinds:
+        for weights, working, kept in self._kinds:
             states = _states(weights, shares)
             found.append(
                 Held(
@@ -387,11 +395,13 @@ class RankMemory:
                     gradients=states.gradients,
                     optimizer=states.optimizer,
                     buffers=states.buffers + self._exchange,
-                    temporary=max(working, made) if waits else working,
+                    working=working,
                     update=states.update,
                     context=context_bytes,
                     slack=self._stack.allocator_slack,
                     host=states.host,
+                    made=self._element * weights.whole if layout.sharding in self._waiting else 0,
+                    kept=kept,
                 )
             )
         return tuple(found)

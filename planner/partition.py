@@ -48,7 +48,7 @@ def deal(num_layers: int, layer_ns: Floats, extra_ns: Floats, least: int = 1) ->
     layer = np.maximum(layer_ns, 1e-9).reshape(len(extra_ns), -1)
     layer = np.broadcast_to(layer, extra_ns.shape)
     # In layers of the first place, of which others count for more or less.
-    first, worth = layer[:, :1], layer[:, :1] / layer
+    first, worth, longer = layer[:, :1], layer[:, :1] / layer, layer - layer[:, :1]
     level = (num_layers * first + (extra_ns * worth).sum(axis=1, keepdims=True)) / worth.sum(
         axis=1, keepdims=True
     )
@@ -57,7 +57,7 @@ def deal(num_layers: int, layer_ns: Floats, extra_ns: Floats, least: int = 1) ->
         cost = counts * layer + extra_ns
         gains, loses = missing > 0, missing < 0
         # The last place among equals, in the order of the places.
-        fastest = places - 1 - np.argmin((cost + (layer - first))[:, ::-1], axis=1)
+        fastest = places - 1 - np.argmin((cost + longer)[:, ::-1], axis=1)
         slowest = np.argmax(np.where(counts > least, cost, -np.inf), axis=1)
         counts[cases[gains], fastest[gains]] += 1
         counts[cases[loses], slowest[loses]] -= 1

@@ -17,8 +17,8 @@ from simulator.schedule import Schedule
 NUM_REFINED = 3
 """Pipelines to make an order for. An order gains some percent, which lets a pipeline pass those
 just in front of it; from further behind none comes to the top."""
-MAX_WORK = 5_000_000
-"""Actions to put in place, for all pipelines together: about two seconds."""
+MAX_WORK = 2_000_000
+"""Actions to put in place, for all pipelines together: less than a second."""
 NUM_BEGUN = 350
 """Orders that `synthesise` begins with, at most: those of its rules and of the named schedules."""
 

@@ -11,7 +11,7 @@ from typing import Any
 from planner.account import World
 from planner.flips import MARGIN, is_better, with_memory
 from planner.layout import Layout
-from planner.objectives import front
+from planner.objectives import cost, facts_of, figure, front, told
 from planner.plan import Candidate
 from planner.search import InfeasibleError
 from profiles.errors import UnsupportedError
@@ -88,7 +88,7 @@ def _by_limits(job: Job, world: World, chosen: Candidate) -> list[NearMiss]:
                 NearMiss(
                     what=loosened.what,
                     now=loosened.now,
-                    needed=_needed(loosened.what, best.layout),
+                    needed=_needed(job, loosened.what, best),
                     candidate=best,
                     saves_ns=chosen.step.p50_ns - best.step.p50_ns,
                 )
@@ -118,7 +118,7 @@ def lifted(job: Job) -> Iterator[Lifted]:
     for name, limit in job.goal.limits.items():
         rest = {other: value for other, value in job.goal.limits.items() if other != name}
         goal = Goal(objectives=job.goal.objectives, limits=rest)
-        yield Lifted(what=f"goal.limits.{name}", now=_words(limit), job=replace(job, goal=goal))
+        yield Lifted(what=f"goal.limits.{name}", now=told(name, limit), job=replace(job, goal=goal))
 
 
 def memory_of(job: Job) -> int:
@@ -160,8 +160,8 @@ class _Remedy:
 
 def _remedies(job: Job, world: World) -> Iterator[_Remedy]:
     for loosened in lifted(job):
-        if best := _best(loosened.job, world):
-            needed = _needed(loosened.what, best.layout)
+        if best := _nearest(loosened, world):
+            needed = _needed(job, loosened.what, best)
             text = f"lift {loosened.what} (it is {loosened.now}): {needed} fits, as {best.layout}"
             yield _Remedy(binds=loosened.what, text=text)
     yield from _batch(job, world)
@@ -261,10 +261,23 @@ def _ranking(job: Job, world: World) -> tuple[Candidate, ...]:
         return ()
 
 
-def _needed(what: str, layout: Layout) -> str:
-    """Return what a limit would have to allow for `layout`."""
-    name = what.rpartition(".")[2]
-    value: Any = getattr(layout, name, None)
+def _nearest(loosened: Lifted, world: World) -> Candidate | None:
+    """Return the best layout without a limit; of one on an objective that which breaks it least."""
+    ranking = _ranking(loosened.job, world)
+    kind, _, name = loosened.what.rpartition(".")
+    if kind != "goal.limits":
+        return next(iter(ranking), None)
+    facts = facts_of(loosened.job)
+    return min(ranking, key=lambda c: cost(name, facts, c.step.p50_ns, c.peak_bytes), default=None)
+
+
+def _needed(job: Job, what: str, candidate: Candidate) -> str:
+    """Return what a limit would have to allow for a layout."""
+    kind, _, name = what.rpartition(".")
+    if kind == "goal.limits":
+        found = figure(name, facts_of(job), candidate.step.p50_ns, candidate.peak_bytes)
+        return f"{name} {told(name, found)}"
+    value: Any = getattr(candidate.layout, name, None)
     return f"{name} {_words(value)}" if value is not None else "more"
 
 

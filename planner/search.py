@@ -33,7 +33,7 @@ MANY = 256
 """Starts that are tried before the search is content with its gap: a small space is searched to
 the end."""
 MAX_RANKED = 100
-"""Places of the ranking: the best of what was timed."""
+"""Places of the ranking: the best of what was timed; a front may have more behind them."""
 Progress = Callable[[float, str], None]
 """Told of progress: a share of the work from 0 to 1, and what is going on."""
 
@@ -191,12 +191,15 @@ def _tried(
             tally.num_bounded += bounded.num_layouts
             continue
         progress(*_progress(judge.best, least, place / len(queue), tally.num_timed))
+        num_before = tally.num_layouts
         try:
             _try_start(bounded, trials, judge, effort.gap if place >= MANY else 0.0)
         except KeyboardInterrupt:
             if not judge.found:
                 raise
-            return queue[place:], True
+            num_open = bounded.num_layouts - (tally.num_layouts - num_before)
+            half = _Queued(least, bounded._replace(num_layouts=num_open))
+            return [half, *queue[place + 1 :]], True
     return [], False
 
 
@@ -212,6 +215,7 @@ def _try_start(bounded: Bounded, trials: Trials, judge: _Judge, gap: float) -> N
         if reason := judge.breaks_limit(timed.step_ns, timed.peak_bytes):
             trials.tally.reject(Rejection(layout=str(timed.layout), rule="limits", reason=reason))
         else:
+            trials.tally.num_timed += 1
             judge.add(timed)
 
 
@@ -247,7 +251,7 @@ def _result(
     )
     if not ranked:
         raise _infeasible(job, tally, trials.short)
-    banded = [_banded(basis, timed, refined.orders) for timed in ranked[:MAX_RANKED]]
+    banded = [_banded(basis, timed, refined.orders) for timed in _short_list(judge, ranked)]
     ranking = with_jitter(basis, banded, refined.orders, job.seed)
     return SearchResult(
         ranking=ranking,
@@ -257,6 +261,15 @@ def _result(
         orders=refined.orders,
         is_interrupted=is_interrupted,
     )
+
+
+def _short_list(judge: _Judge, ranked: Sequence[Timed]) -> list[Timed]:
+    """Return the best of what was timed, and further behind all of the front."""
+    found = list(ranked[:MAX_RANKED])
+    if len(judge.goal.objectives) > 1:
+        places = front([judge.costs(each.step_ns, each.peak_bytes) for each in ranked])
+        found += [ranked[place] for place in places if place >= MAX_RANKED]
+    return found
 
 
 def _rank(judge: _Judge, timed: Timed) -> tuple[float, int, int, str]:
@@ -305,7 +318,7 @@ def _certificate(judge: _Judge, tally: Tally, best: Timed, left: Sequence[_Queue
         value=value,
         lower_bound=lower_bound,
         gap=(value - lower_bound) / value,
-        num_layouts=sum(rejected.values()) + num_bounded + tally.num_timed + num_open,
+        num_layouts=tally.num_layouts + sum(each.bounded.num_layouts for each in left),
         num_rejected=rejected,
         num_bounded=num_bounded,
         num_timed=tally.num_timed,
@@ -362,10 +375,19 @@ def _infeasible(job: Job, tally: Tally, short: Sequence[Timed]) -> InfeasibleErr
             f"no layout of {num_ranks} ranks fits: memory binds. The smallest, {least.layout}, "
             f"needs {need} a rank; give a rank that much, add ranks, or shorten workload.seq_len"
         )
+    if tally.too_large[1]:
+        need = format_quantity(tally.too_large[0], "bytes")
+        return InfeasibleError(
+            f"no layout of {num_ranks} ranks fits: memory binds. The smallest, "
+            f"{tally.too_large[1]}, needs {need} a rank at least, however it is sharded; give a "
+            "rank more than that, add ranks, or shorten workload.seq_len"
+        )
     # Limits are what the job asked for; what lies behind them says more.
-    told = sorted(tally.examples, key=lambda r: r.rule == "search limits")[:4]
-    reasons = "; ".join(f"{r.layout}: {r.reason}" for r in told)
-    more = f" (and {len(tally.examples) - 4} more)" if len(tally.examples) > 4 else ""
-    return InfeasibleError(
-        f"no layout of {num_ranks} ranks is legal: {reasons or 'search limits'}{more}"
-    )
+    by_rule = {each.rule: each for each in reversed(tally.examples)}
+    rules = sorted(by_rule, key=lambda rule: (rule in ("limits", "search limits"), rule))
+    told = [
+        f"{tally.rejected[rule]:,} by {rule}, such as {by_rule[rule].layout}: "
+        f"{by_rule[rule].reason}"
+        for rule in rules
+    ]
+    return InfeasibleError(f"no layout of {num_ranks} ranks will do: {'; '.join(told)}")

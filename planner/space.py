@@ -29,6 +29,7 @@ DEFAULT_STAGES_PER_RANK = (1, 2, 4)
 ORDERS = (DEFAULT_ORDER, "tp-cp-pp-dp")
 """Stages farthest apart, or replicas; tensor-parallel ranks are neighbours in both."""
 SHARDINGS: tuple[Sharding, ...] = ("none", "zero1", "zero2", "zero3")
+KINDS: tuple[Recompute, ...] = ("none", "selective", "full")
 
 
 class Degrees(NamedTuple):
@@ -133,16 +134,22 @@ class Space:
 
     @cached_property
     def recomputations(self) -> tuple[Recompute, ...]:
-        """What may be recomputed; kinds that save nothing under this stack are left out."""
+        """What may be recomputed, what keeps least last; without a limit kinds that save nothing
+        under this stack are left out.
+        """
         if self.costs.is_of_executor:
             return ("none",)
         stack = self.costs.stack
         saves = stack.selective == "operators" or stack.attention == "unfused"
         kinds: tuple[Recompute, ...] = ("none", "selective", "full") if saves else ("none", "full")
-        return self.job.search.recompute or kinds
+        asked = self.job.search.recompute or kinds
+        return tuple(kind for kind in KINDS if kind in asked)
 
     def shardings(self, degrees: Degrees) -> list[tuple[Sharding, int]]:
-        """Return what replicas may shard, and over how many of them; 0 stands for all."""
+        """Return what replicas may shard, and over how many of them; 0 stands for all.
+
+        What shards most comes last.
+        """
         limits, replicas = self.job.search, degrees.dp * degrees.cp
         if self.costs.is_of_executor or replicas == 1:
             return [("none", 0)] if "none" in (limits.sharding or SHARDINGS) else []
@@ -150,7 +157,9 @@ class Space:
         if limits.shard_group:
             groups = [n for n in groups if n in limits.shard_group]
         found: list[tuple[Sharding, int]] = []
-        for kind in limits.sharding or SHARDINGS:
+        for kind in SHARDINGS:
+            if limits.sharding and kind not in limits.sharding:
+                continue
             if kind == "none":
                 found.append((kind, 0))
             else:
@@ -181,21 +190,22 @@ class Space:
             f"{groups}; search.sharding and search.shard_group allow no other",
         )  # fmt: skip
 
-    def num_layouts(self, degrees: Degrees) -> int:
-        """Return how many layouts these degrees would have, were they legal."""
-        counts = self.job.search.stages_per_rank or DEFAULT_STAGES_PER_RANK
-        orders = (
-            1
-            if degrees.pp == 1
-            else sum(SCHEDULES[name].takes(count) for name in self.named for count in counts)
-        )
-        share = max(1, self.job.workload.global_batch // degrees.dp)
-        micro_batches = len(self.job.search.micro_batch or divisors(share))
+    def num_layouts(self, degrees: Degrees, counts: tuple[int, ...] = ()) -> int:
+        """Return how many layouts these degrees would have, were they legal; one at the least.
+
+        Each is a choice of stages a rank (of `counts`, or as asked), schedule, micro-batch,
+        sequence parallelism, order, sharding with its group, and kind of recomputation. The layers
+        of its stages, and how many of them recompute, follow.
+        """
+        counts = counts or self.job.search.stages_per_rank or DEFAULT_STAGES_PER_RANK
+        orders = sum(SCHEDULES[name].takes(count) for name in self.named for count in counts)
         starts = (
-            micro_batches * len(self._sequence_parallel(degrees.tp)) * len(self._orders(degrees))
+            max(1, len(self._micro_batches(degrees.dp)))
+            * len(self._sequence_parallel(degrees.tp))
+            * len(self._orders(degrees))
         )
         kinds = max(1, len(self.shardings(degrees))) * len(self.recomputations)
-        return max(1, orders) * starts * kinds
+        return (1 if degrees.pp == 1 else max(1, orders)) * starts * kinds
 
     def rejection(self, degrees: Degrees) -> Rejection | None:
         """Return why no layout of these degrees is legal, or None."""
@@ -231,6 +241,15 @@ class Space:
                     "sequences; dp must divide them"
                 ),
             )
+        elif not self._micro_batches(dp):
+            yield (
+                "search limits",
+                (
+                    f"a replica has {self.job.workload.global_batch // dp} sequences; "
+                    "search.micro_batch must divide them, and allows "
+                    f"{options(self.job.search.micro_batch)}"
+                ),
+            )
         if self.job.workload.seq_len % (2 * cp if cp > 1 else 1):
             yield (
                 "divisibility",
@@ -257,12 +276,12 @@ class Space:
         if self.costs.is_of_executor:
             yield "vocabulary rows", model.vocab
 
-    def pipelines(self, degrees: Degrees) -> tuple[list[Pipeline], list[Rejection]]:
-        """Return the pipelines to try at these degrees, and why others are not."""
+    def pipelines(self, degrees: Degrees) -> tuple[list[Pipeline], list[tuple[Rejection, int]]]:
+        """Return the pipelines to try at these degrees, and why so many layouts are not."""
         limits = self.job.search
         counts = limits.stages_per_rank or DEFAULT_STAGES_PER_RANK
         if degrees.pp == 1:
-            return self._without_pipeline(counts, str(degrees))
+            return self._without_pipeline(counts, degrees)
         pipelines, refused = [], []
         for count in counts:
             taken = [name for name in self.named if SCHEDULES[name].takes(count)]
@@ -280,12 +299,13 @@ class Space:
                     names = tuple(name for name in taken if SCHEDULES[name].homes == homes)
                     pipelines.append(Pipeline(count, homes, names))
                 continue
-            refused.append(Rejection(layout=f"{degrees},v={count}", rule=rule, reason=reason))
+            rejection = Rejection(layout=f"{degrees},v={count}", rule=rule, reason=reason)
+            refused.append((rejection, self.num_layouts(degrees, (count,))))
         return pipelines, refused
 
     def _without_pipeline(
-        self, counts: tuple[int, ...], layout: str
-    ) -> tuple[list[Pipeline], list[Rejection]]:
+        self, counts: tuple[int, ...], degrees: Degrees
+    ) -> tuple[list[Pipeline], list[tuple[Rejection, int]]]:
         """Return the one order of one stage on one rank: all are alike, and 1F1B holds least."""
         names = self.named
         taken = [name for name in names if SCHEDULES[name].takes(1)]
@@ -293,14 +313,14 @@ class Space:
             return [Pipeline(1, "loop", ("1f1b" if "1f1b" in taken else taken[0],))], []
         what, allowed = ("stages_per_rank", counts) if taken else ("schedule", names)
         reason = f"pp is 1, which is one stage a rank; search.{what} allows {options(allowed)} only"
-        return [], [Rejection(layout=layout, rule="search limits", reason=reason)]
+        rejection = Rejection(layout=str(degrees), rule="search limits", reason=reason)
+        return [], [(rejection, self.num_layouts(degrees))]
 
     def starts(self, degrees: Degrees, pipeline: Pipeline) -> tuple[list[Start], list[Rejection]]:
         """Return every start of one pipeline, and those that no plan can write out."""
-        limits = self.job.search
         share = self.job.workload.global_batch // degrees.dp
         found, refused = [], []
-        for micro_batch in [n for n in limits.micro_batch or divisors(share) if share % n == 0]:
+        for micro_batch in self._micro_batches(degrees.dp):
             for sp in self._sequence_parallel(degrees.tp):
                 for order in self._orders(degrees):
                     start = Start(degrees, pipeline, micro_batch, share // micro_batch, sp, order)
@@ -310,6 +330,11 @@ class Space:
                     else:
                         found.append(start)
         return found, refused
+
+    def _micro_batches(self, dp: int) -> list[int]:
+        """Return what divides the sequences of a replica, which are rounded down."""
+        share = max(1, self.job.workload.global_batch // dp)
+        return [n for n in self.job.search.micro_batch or divisors(share) if share % n == 0]
 
     def _sequence_parallel(self, tp: int) -> tuple[bool, ...]:
         if self.costs.is_of_executor or tp == 1:

@@ -18,7 +18,7 @@ from planner.partition import homes_of
 from planner.plan import Rejection
 from planner.schedules import SCHEDULES
 from planner.space import Space
-from planner.squeeze import needs_of
+from planner.squeeze import Rooms, needs_of
 from profiles.quantity import format_quantity
 from profiles.stack import Recompute
 from simulator.checks import Int64
@@ -103,7 +103,6 @@ class Trials:
             layout = replace(layout, recompute_layers=more)
         if layout.recompute != "none":
             columns = self.basis.costs.columns([layout])
-        self.tally.num_timed += 1
         yield Timed(layout, median_step(layout, sample, columns), peak_bytes)
 
     def _peak(self, layout: Layout, sample: Schedule) -> int:
@@ -156,7 +155,7 @@ class _Cases:
         self._more_bytes = basis.more_bytes(base.pp)
         self._is_whole = "none" not in space.recomputations
         # By kinds of recomputation: what does not depend on the schedule.
-        self._room: dict[Recompute, tuple[Int64, Int64]] = {}
+        self._room: dict[Recompute, Rooms] = {}
         self._kept: dict[Recompute, Int64] = {}
         self._parts: dict[Recompute, Floats] = {}
 
@@ -169,8 +168,9 @@ class _Cases:
 
     def holding(self, kind: Recompute) -> Int64:
         """Return the rows whose ranks hold a micro-batch of one stage that recomputes all."""
-        rooms, _ = self._rooms(kind)
-        return np.flatnonzero(rooms.min(axis=1) >= self._activations(kind).min())
+        rooms = self._rooms(kind)
+        room = (rooms.left - rooms.working).min(axis=1)
+        return np.flatnonzero(room >= self._activations(kind).min())
 
     def columns_of(self, rows: Int64) -> Columns:
         """Return columns of all layouts, of which those of `rows` alone are filled in."""
@@ -192,8 +192,8 @@ class _Cases:
         least = self._activations(kind)
         kept = least if self._is_whole else self._activations("none")
         needs = needs_of(sample, self._layers, kept, least)
-        rooms, totals = self._rooms(kind)
-        counts, fits = needs.fewest(rooms[rows])
+        rooms = self._rooms(kind).rows(rows)
+        counts, fits = needs.fewest(rooms)
         own = Columns(*(column[rows] for column in columns))
         if kind == "none":
             fits, counts = fits & (counts.max(axis=1, initial=0) == 0), np.zeros_like(counts)
@@ -202,7 +202,7 @@ class _Cases:
                 counts = np.broadcast_to(self._layers, counts.shape)
             own = own._replace(backward=np.maximum(own.backward, self._recomputing(kind, counts)))
         bounds = self.bounds_ns(own, splits=SCHEDULES[schedule].splits)
-        return _Tried(schedule, kind, rows, counts, fits, totals[rows] + needs.least, bounds)
+        return _Tried(schedule, kind, rows, counts, fits, needs.least_bytes(rooms), bounds)
 
     def _recomputing(self, kind: Recompute, again: Int64) -> Int64:
         """Return backwards, [R, S], that are no longer than those that recompute so much."""
@@ -214,26 +214,18 @@ class _Cases:
         backward = pipelines(table, self._layers[None, :], again).backward
         return np.floor(backward).astype(np.int64) - ROUNDING_NS
 
-    def _rooms(self, kind: Recompute) -> tuple[Int64, Int64]:
-        """Return the bytes for activations, [R, P], and what else the fullest rank holds, [R]."""
+    def _rooms(self, kind: Recompute) -> Rooms:
+        """Return what the ranks of all layouts have left for activations."""
         if kind not in self._room:
-            costs, limit = self.basis.costs, self.basis.limit_bytes
+            costs = self.basis.costs
             layout = replace(self._base, recompute=kind)
             ranks = RankMemory(
                 costs.model, costs.workload, layout, self._homes.tolist(), costs.stack
             )
             context = costs.context_bytes(layout)
             held = [ranks.held(each, context) for each in self.layouts]
-            places = list(zip(ranks.alike.tolist(), self._more_bytes, strict=True))
-            unlike = {place: column for column, place in enumerate(dict.fromkeys(places))}
-            host = self.basis.host_bytes
-            rooms = np.array(
-                [[row[n].room(limit + more, host) for n, more in unlike] for row in held]
-            )
-            totals = np.array(
-                [max(row[n].peak(0).total - more for n, more in unlike) for row in held]
-            )
-            self._room[kind] = rooms[:, [unlike[place] for place in places]], totals
+            limits = self.basis.limit_bytes + np.array(self._more_bytes)
+            self._room[kind] = Rooms.of(held, ranks.alike, limits, self.basis.host_bytes)
         return self._room[kind]
 
     def _activations(self, kind: Recompute) -> Int64:

@@ -145,7 +145,8 @@ def _searched(
             result = search(variant, costs[place], left, share, min(found, default=math.inf))
             outcomes.append(_Outcome(variant=variant, costs=costs[place], result=result))
         except InfeasibleError as error:
-            outcomes.append(_Outcome(variant=variant, reason=str(error)))
+            reason = str(error).partition(";")[0]  # the nearest miss; the others are alike
+            outcomes.append(_Outcome(variant=variant, reason=reason))
         except KeyboardInterrupt:
             if not found:
                 raise

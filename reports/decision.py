@@ -15,7 +15,7 @@ from reports.views import RunView, Study, View
 from reports.words import band, change, count, duration, joined, origin_text, size
 
 _MAX_RANKED, _MAX_SHOWN = 12, 40
-_IN_EVERY_TABLE = ("step_time",)
+_IN_EVERY_TABLE = ("step_time", "memory_headroom")
 _COMPARED = "Which layouts were compared?"
 _ALONE = "The plan holds no ranking: its layout was given, not searched for."
 _COSTS = (
@@ -67,7 +67,8 @@ def _rank(plan: Plan) -> str:
     """Return the place of a plan among all layouts, as part of a sentence."""
     if not plan.ranking:
         return "a layout that was given, not searched for"
-    rank = "the best" if plan.chosen == 0 else f"number {plan.chosen + 1}"
+    best = "the best" if plan.certificate.gap == 0 else "the best found"
+    rank = best if plan.chosen == 0 else f"number {plan.chosen + 1}"
     num_layouts = plan.certificate.num_layouts
     return f"{rank} of {count(num_layouts)} layout{'s' if num_layouts > 1 else ''}"
 
@@ -220,13 +221,13 @@ def _ranked(
             else "-",
             size(each.peak_bytes),
             *(told(name, figure(name, facts, each.step.p50_ns, each.peak_bytes)) for name in asked),
-            ", ".join(map(duration, measured[each.layout])) or "-",
+            *([", ".join(map(duration, measured[each.layout])) or "-"] if study.runs else []),
         )
         for place, each in shown
     )
     head = (
         "", "layout", "step", "P10 to P90", "over best", "peak memory",
-        *(OBJECTIVE_WORDS[name] for name in asked), "measured",
+        *(OBJECTIVE_WORDS[name] for name in asked), *(["measured"] if study.runs else []),
     )  # fmt: skip
     marked = tuple(i for i, (_, each) in enumerate(shown) if each.layout == plan.layout)
     notes = []

@@ -137,7 +137,9 @@ def _goal(plan: Plan) -> str:
         for name in goal.asks_for
         if name in goal.limits
     ]
-    best = f"best {joined([OBJECTIVE_WORDS[name] for name in goal.objectives])}"
+    best = f"{'best' if len(goal.objectives) == 1 else 'the front of'} " + joined(
+        [OBJECTIVE_WORDS[name] for name in goal.objectives]
+    )
     return "; ".join([best, *limits])
 
 

@@ -1,9 +1,10 @@
-"""A rank for tests of links: `python -m tests.link_ranks FILE WHAT...`.
+"""A rank for tests of links, and of what ranks agree on: `python -m tests.link_ranks FILE WHAT...`.
 
 It does each of WHAT, and rank 0 writes what was found, by name. A check that fails ends the rank,
 and with it the test.
 """
 
+import json
 import sys
 from collections.abc import Sequence
 from itertools import pairwise
@@ -14,13 +15,19 @@ import torch
 import torch.distributed as dist
 
 from profiles.files import canonical_json, write_text
+from profiles.measure import sweep
+from profiles.measure.buffers import Arena
 from profiles.measure.collectives import COLLECTIVES, MESSAGES, collective_call, own_group
 from profiles.measure.host import time_host
 from profiles.measure.interference import time_interference
+from profiles.measure.kernels import repeat
 from profiles.measure.links import LinkPoint, free_bytes, group_shapes, link_points, time_links
+from profiles.measure.ops import builder
 from profiles.measure.ranks import gathered_fabric, gathered_texts, joined, nodes
-from profiles.measure.timing import Clock
+from profiles.measure.sweep import KernelPoint
+from profiles.measure.timing import Call, Clock
 from profiles.profile import CollectiveSample
+from profiles.surface import Shape
 
 NUM_ELEMENTS = 48
 
@@ -116,7 +123,26 @@ def interfere(device: torch.device) -> object:
     }
 
 
-WHAT = {f.__name__: f for f in (check_calls, time_few, time_nothing, meet, interfere)}
+def lame_builder(op: str, variant: str = "") -> object:
+    """Return the builder of `op`, which on the second rank is out of memory at 8192 elements."""
+
+    def build(arena: Arena, shape: Shape) -> Call:
+        if dist.get_rank() == 1 and shape == (8192,):
+            raise torch.OutOfMemoryError("no more")
+        return builder(op, variant)(arena, shape)
+
+    return build
+
+
+def time_lame(device: torch.device) -> object:
+    """Time two kernels, one of which the second rank cannot run; what each rank found."""
+    points = [KernelPoint(op="add_forward", dtype="fp32", shape=(size,)) for size in (4096, 8192)]
+    with patch.object(sweep, "builder", lame_builder):
+        found = repeat(device, points, True, Clock(60.0, device), ignore, ignore)
+    return [json.loads(text) for text in gathered_texts(canonical_json(found), device)]
+
+
+WHAT = {f.__name__: f for f in (check_calls, time_few, time_nothing, time_lame, meet, interfere)}
 
 
 if __name__ == "__main__":

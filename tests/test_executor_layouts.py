@@ -1,6 +1,6 @@
 """Every layout trains like one process: same losses, same gradients."""
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 import numpy as np
@@ -17,7 +17,7 @@ from planner.layout import Layout
 from planner.record import load_run
 from tests.plans import tiny_layout, tiny_plan, tiny_stack
 
-NUM_STEPS = 20
+NUM_STEPS = 10
 LOSS_TOLERANCE = 1e-4
 GRADIENT_TOLERANCE = 1e-5
 BATCH = 4
@@ -101,6 +101,14 @@ def whole_gradients(layout: Layout, folder: Path, index: int) -> Gradients:
     return whole
 
 
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread() -> Iterator[None]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)  # tiny kernels on several threads of a busy machine wait for seconds
+    yield
+    torch.set_num_threads(before)
+
+
 @pytest.fixture(scope="module")
 def one_process() -> tuple[list[float], Gradients]:
     """Return losses and gradients of the same training without any rank but this process."""
@@ -127,7 +135,7 @@ def test_layouts_train_like_one_process(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     losses, gradients = one_process
-    assert losses[-1] < losses[0] - 0.4
+    assert losses[-1] < losses[0] - 0.2
     results = run_all(num_ranks, tmp_path, monkeypatch)
     for plan, (found_losses, found) in zip(PLANS[num_ranks], results, strict=True):
         worst_loss = max(abs(a / b - 1) for a, b in zip(found_losses, losses, strict=True))

@@ -198,8 +198,8 @@ def test_the_command() -> None:
 @pytest.mark.parametrize(
     ("options", "code", "word"),
     [
-        (("--jobs", "2"), 2, "--jobs and --farm are for the cases of --sweep"),
-        (("--sweep", "seed=1,2", "--top", "3"), 2, "--top lists the layouts of one job"),
+        (("--jobs", "2"), 2, "--jobs is for the cases of --sweep"),
+        (("--sweep", "seed=1,2", "--top", "3"), 2, "--top is about one job; leave it out with --sweep"),
         (("--sweep", "seed"), 3, "--sweep seed is no axis"),
         (("--sweep", "seed=1,2", "--seed", "3"), 3, "set again, after seed"),
         (("--sweep", "seed=1,2", "--farm", "slurm"), 3, '--farm is "slurm"'),

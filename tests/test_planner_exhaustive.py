@@ -124,7 +124,7 @@ JOBS: Mapping[str, Job] = {
     ),
     "all recomputed": elsewhere(**WIDE, recompute=("full",), memory_gib=6),
     "kinds in another order": elsewhere(**WIDE, recompute=("full", "none"), memory_gib=4),
-    "A100": elsewhere(gpu="a100-80gb", **WIDE, memory_gib=5, stack="megatron-2023"),
+    "A100": elsewhere(gpu="a100-sxm-80gb", **WIDE, memory_gib=5, stack="megatron-2023"),
     "32 GPUs": elsewhere(DEEP, ranks=32, batch=16, **WIDE, sharding=("zero1",), tp=(2, 4, 8)),
     "64 GPUs": elsewhere(
         DEEP, ranks=64, batch=32, **WIDE, sharding=("zero1",), tp=(4, 8), schedule=("1f1b",)

@@ -259,7 +259,7 @@ def test_nothing_fits_names_the_constraint_and_the_way_out() -> None:
         search(job(cluster=replace(job().cluster, pools=(pool,))))
     odd = replace(job().workload, global_batch=3)
     limits = SearchLimits(dp=(4,))
-    with pytest.raises(InfeasibleError, match=r"no layout of 4 ranks is legal: .*dp must divide"):
+    with pytest.raises(InfeasibleError, match=r"no layout of 4 ranks will do: .*dp must divide"):
         search(job(workload=odd, search=limits))
 
 

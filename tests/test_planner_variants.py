@@ -1,19 +1,28 @@
 """Variants of a job: numerics and the optimizer's place, their time, their memory, their search."""
 
-from collections.abc import Sequence
+import math
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from planner import variants
 from planner.cost import measured_costs
 from planner.evaluate import Costs
 from planner.plan import PeakMemory, load_plan, save_plan
 from planner.predict import memory_of, predict
 from planner.reference.costs import reference_costs
-from planner.search import Effort, InfeasibleError, make_plan, search
+from planner.search import (
+    Effort,
+    InfeasibleError,
+    Progress,
+    SearchResult,
+    make_plan,
+    search,
+)
 from planner.setup import Setup
 from planner.variants import search_variants, variant_name, variant_text, variants_of
 from profiles.choices import Choices
@@ -40,9 +49,7 @@ def with_host(cluster: ClusterSpec, host: HostSpec | None) -> ClusterSpec:
     return replace(cluster, pools=tuple(replace(pool, host=host) for pool in cluster.pools))
 
 
-def offloaded(
-    host: HostSpec | None = ROUND, stack: StackSpec = OFFLOADING, **axes: object
-) -> Setup:
+def offloaded(host: HostSpec | None = ROUND, stack: StackSpec = OFFLOADING, **axes: Any) -> Setup:
     """Return a setup on one node of eight H100 with `host`."""
     cluster = with_host(cluster_preset("h100-sxm"), host)
     return setup_of(stack=stack, cluster=cluster, **axes)
@@ -58,8 +65,8 @@ def peak(setup: Setup) -> PeakMemory:
     return only
 
 
-def choosing(job: Job, **choices: Sequence[object]) -> Job:
-    return replace(job, choices=Choices(**choices))  # type: ignore[arg-type]
+def choosing(job: Job, **choices: Any) -> Job:
+    return replace(job, choices=Choices(**choices))
 
 
 # The time of an update on the host.
@@ -276,7 +283,7 @@ def test_our_own_executor_runs_only_what_was_measured(tmp_path: Path) -> None:
 # The search.
 
 
-def small_job(**limits: object) -> Job:
+def small_job(**limits: Any) -> Job:
     return reference_job(stack="torchtitan", nodes=1, global_batch=32,
                          **({"schedule": ("1f1b",)} | limits))  # fmt: skip
 
@@ -292,10 +299,10 @@ def test_a_job_without_choices_is_searched_as_ever() -> None:
 def test_variants_differ_and_the_job_comes_first() -> None:
     job = choosing(small_job(), dtype=("bf16", "fp8"), gradient_dtype=("bf16", "fp16", "fp32"),
                    optimizer_offload=(False, True))  # fmt: skip
-    variants = variants_of(job)
-    assert variants[0] is job
-    assert len(variants) == len({variant_name(job, each) for each in variants}) == 8
-    assert all(variants_of(each) == (each,) for each in variants[1:])
+    found = variants_of(job)
+    assert found[0] is job
+    assert len(found) == len({variant_name(job, each) for each in found}) == 8
+    assert all(variants_of(each) == (each,) for each in found[1:])
 
 
 @pytest.mark.parametrize(
@@ -306,9 +313,9 @@ def test_variants_differ_and_the_job_comes_first() -> None:
         {"dtype": ("fp16", "bf16", "fp32")},
     ],
 )
-def test_the_best_variant_is_that_of_separate_searches(choices: dict[str, object]) -> None:
+def test_the_best_variant_is_that_of_separate_searches(choices: dict[str, Any]) -> None:
     """What one has reached spares the others work, never a layout that is better."""
-    job = choosing(small_job(), **choices)  # type: ignore[arg-type]
+    job = choosing(small_job(), **choices)
     alone = {
         variant_name(job, each): search(each, reference_costs(each)) for each in variants_of(job)
     }
@@ -374,12 +381,28 @@ def test_if_nothing_fits_every_variant_is_told() -> None:
     assert "fp8: no layout" in str(caught.value)
 
 
-def test_a_budget_is_shared_and_each_variant_gets_a_result() -> None:
-    job = choosing(small_job(), dtype=("bf16", "fp8"), gradient_dtype=("fp32", "bf16"))
-    _, _, result = search_variants(job, reference_costs, Effort(budget_s=1e-9))
-    assert len(result.variants) == 4
-    assert all(each.best for each in result.variants)
-    assert result.certificate.num_open > 0
+def test_each_gets_a_share_of_the_time_left_and_what_is_reached(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Searches take seconds: of 1000 s the first of two may take 500, the second what is left."""
+    asked: list[tuple[float, float]] = []
+
+    def recorded(
+        job: Job, costs: Costs, effort: Effort, progress: Progress, at_most: float
+    ) -> SearchResult:
+        asked.append((effort.budget_s or 0.0, at_most))
+        return search(job, costs, effort, progress, at_most)
+
+    monkeypatch.setattr(variants, "search", recorded)
+    job = choosing(small_job(), dtype=("bf16", "fp32"))
+    result = search_variants(job, reference_costs, Effort(budget_s=1000.0)).result
+    (first_s, nothing), (second_s, reached) = asked
+    assert first_s == pytest.approx(500, rel=0.1)
+    assert second_s == pytest.approx(1000, rel=0.1)
+    assert nothing == math.inf
+    first = result.variants[0].best
+    assert first is not None
+    assert reached == first.step.p50_ns / 1e9
 
 
 @pytest.mark.parametrize("stops_in", ["bf16", "fp8"])

@@ -196,6 +196,7 @@ def test_the_fit_finds_what_was_put_in() -> None:
     assert (found.most_nodes, found.kinds, found.step_us) == (8, ["all_reduce"], 20.0)
 
 
+@pytest.mark.timed
 def test_a_new_question_is_answered_quickly() -> None:
     link, fabric = link_preset("nvlink4"), fabric_preset("ndr400")
     collective("all_reduce", Group(64, 8), 7, link, fabric)

@@ -55,8 +55,9 @@ def test_a_gpu_that_is_not_there_is_named() -> None:
         measure(2, "cuda", quick=True, on_progress=lambda *_: None)
 
 
-@pytest.mark.dist
 @pytest.mark.slow
+@pytest.mark.dist
+@pytest.mark.timed
 def test_two_ranks_give_a_sound_profile(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(run, "_QUICK", (7.0, 7.0))
     seen: list[float] = []
@@ -169,8 +170,10 @@ def test_two_nodes_are_profiled_by_one_command(tmp_path: Path) -> None:
     assert sum(f"wrote {output}" in text for text in said) == 1
     profile = from_plain(Profile, json.loads(output.read_text()), "profile", "measure again")
     assert (profile.device.num_ranks, profile.device.ranks_per_node) == (2, 1)
-    assert {node.name for node in profile.fabric.nodes if node.kind == "node"} >= {"node0", "node1"}
+    named = {node.name for node in profile.fabric.nodes if node.kind == "node"}
+    assert named == {"node0", "node1", "network"}
     assert {sample.kind for sample in profile.collectives} >= {"all_reduce", "send_recv"}
+    assert all(sample.p50_ns > 0 for sample in profile.collectives)
 
 
 def test_shapes_that_are_held_out_are_within_and_new() -> None:

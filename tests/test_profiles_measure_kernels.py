@@ -1,7 +1,6 @@
 """Kernels on a CPU: calls are what their names say, the timer keeps time, a sweep its word."""
 
 import itertools
-import json
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
@@ -21,7 +20,6 @@ from profiles.measure import buffers, kernels, ops, sweep, timing
 from profiles.measure.buffers import TORCH_DTYPES, Arena, buffer_sets, core_cache_bytes
 from profiles.measure.kernels import explore, repeat
 from profiles.measure.ops import builder, ops_of, refusal, selected, variants
-from profiles.measure.ranks import launched
 from profiles.measure.shapes import Limits, anchors, candidates, working_bytes
 from profiles.measure.sweep import KernelPoint, merged
 from profiles.measure.timing import Budget, Call, Clock, cpu_mhz, time_calls
@@ -337,18 +335,6 @@ def test_a_fault_of_the_device_ends_the_sweep(monkeypatch: pytest.MonkeyPatch) -
     point = KernelPoint(op="copy", dtype="fp32", shape=(4096,))
     with pytest.raises(torch.AcceleratorError, match="illegal"):
         repeat(CPU, [point], True, Clock(60.0, CPU), ignore, ignore)
-
-
-@pytest.mark.slow
-@pytest.mark.dist
-def test_what_one_rank_cannot_do_no_rank_has(tmp_path: Path) -> None:
-    with launched("tests.kernel_ranks", [str(tmp_path)], 2):
-        pass
-    first, second = (json.loads((tmp_path / f"{i}.json").read_text()) for i in range(2))
-    assert first["samples"] == second["samples"]
-    assert [sample["shape"] for sample in first["samples"]] == [[4096]]
-    assert first["missing"] == ["add_forward fp32 (8192,): it did not run on another rank"]
-    assert second["missing"] == ["add_forward fp32 (8192,): out of memory"]
 
 
 @pytest.mark.usefixtures("alone")

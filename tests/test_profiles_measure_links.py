@@ -39,7 +39,9 @@ def found_by_ranks(what: tuple[str, ...], num_ranks: int, folder: Path) -> Any:
 @pytest.fixture(scope="module")
 def two_ranks(tmp_path_factory: pytest.TempPathFactory) -> Any:
     return found_by_ranks(
-        ("time_few", "time_nothing", "interfere", "meet"), 2, tmp_path_factory.mktemp("ranks")
+        ("time_few", "time_nothing", "time_lame", "interfere", "meet"),
+        2,
+        tmp_path_factory.mktemp("ranks"),
     )
 
 
@@ -191,8 +193,9 @@ def test_every_collective_moves_what_it_says(tmp_path: Path) -> None:
     assert found_by_ranks(("check_calls",), 4, tmp_path) == {"check_calls": 2 * 8 + 6}
 
 
-@pytest.mark.dist
 @pytest.mark.slow
+@pytest.mark.dist
+@pytest.mark.timed
 def test_ranks_agree_on_samples_and_name_what_is_refused(two_ranks: Any) -> None:
     found = two_ranks["time_few"]
     assert found["is_same"]
@@ -212,8 +215,9 @@ def test_ranks_agree_on_samples_and_name_what_is_refused(two_ranks: Any) -> None
         assert sample.num_samples >= 2
 
 
-@pytest.mark.dist
 @pytest.mark.slow
+@pytest.mark.dist
+@pytest.mark.timed
 def test_a_clock_that_is_over_leaves_the_smallest_size_of_all_kinds(two_ranks: Any) -> None:
     plain, missing = two_ranks["time_nothing"]
     found = {(sample.kind, sample.size_bytes) for sample in samples_of(plain)}
@@ -221,8 +225,9 @@ def test_a_clock_that_is_over_leaves_the_smallest_size_of_all_kinds(two_ranks: A
     assert missing == ["collectives and messages from 0.00391 MiB on: out of time"]
 
 
-@pytest.mark.dist
 @pytest.mark.slow
+@pytest.mark.dist
+@pytest.mark.timed
 def test_kernels_and_collectives_slow_each_other_down(two_ranks: Any) -> None:
     found = two_ranks["interfere"]
     samples = [from_plain(Interference, s, "found", "run again") for s in found["interference"]]
@@ -238,11 +243,23 @@ def test_kernels_and_collectives_slow_each_other_down(two_ranks: Any) -> None:
     assert 100 < found["host"]["launch_gap"] < 1_000_000
 
 
-@pytest.mark.dist
 @pytest.mark.slow
+@pytest.mark.dist
+@pytest.mark.timed
 def test_ranks_of_one_launch_are_on_one_node(two_ranks: Any) -> None:
     found = two_ranks["meet"]
     assert found["nodes"] == [0, 0]
     assert found["fabric"]["nodes"][0]["name"] == "node0"
     assert "network" not in [node["name"] for node in found["fabric"]["nodes"]]
     assert found["free_bytes"] > 0
+
+
+@pytest.mark.dist
+@pytest.mark.slow
+@pytest.mark.timed
+def test_what_one_rank_cannot_do_no_rank_has(two_ranks: Any) -> None:
+    first, second = two_ranks["time_lame"]
+    assert first["samples"] == second["samples"]
+    assert [sample["shape"] for sample in first["samples"]] == [[4096]]
+    assert first["missing"] == ["add_forward fp32 (8192,): it did not run on another rank"]
+    assert second["missing"] == ["add_forward fp32 (8192,): out of memory"]

@@ -1,11 +1,6 @@
-"""Ranks: what is said when they fail, GPUs that cannot be used, and joining across two nodes."""
+"""Ranks: what is said when they fail, and of GPUs that cannot be used."""
 
-import json
-import os
-import subprocess
-import sys
 from collections.abc import Iterator
-from pathlib import Path
 
 import pytest
 
@@ -16,8 +11,6 @@ import torch.distributed as dist
 from torch._C._distributed_c10d import HashStore
 
 from profiles.errors import UnsupportedError
-from profiles.fabric import Fabric
-from profiles.files import from_plain
 from profiles.machine import GpuFacts
 from profiles.measure import ranks
 from profiles.measure.ranks import (
@@ -33,7 +26,6 @@ from profiles.measure.ranks import (
     nodes,
     was_launched,
 )
-from profiles.profile import CollectiveSample
 
 CPU = torch.device("cpu")
 H100 = GpuFacts(
@@ -191,44 +183,3 @@ def test_ranks_that_fail_end_with_what_they_said() -> None:
         launched("no_such_module", [], 1),
     ):
         pass
-
-
-@pytest.mark.dist
-@pytest.mark.slow
-@pytest.mark.usefixtures("not_launched")
-def test_two_nodes_join_agree_and_time_a_collective(tmp_path: Path) -> None:
-    # Both agents are on this machine, and meet in a file; the ranks meet as torchrun tells them.
-    output = tmp_path / "found.json"
-    command = [
-        sys.executable, "-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1",
-        "--max-restarts=0", "--rdzv-backend=c10d", "--rdzv-id=two",
-        f"--rdzv-endpoint={tmp_path}/agents", "--local-addr=127.0.0.1",
-    ]  # fmt: skip
-    environment = os.environ | {
-        "PYTHONPATH": str(Path(__file__).parent.parent),
-        "GLOO_SOCKET_IFNAME": "lo",
-        "OMP_NUM_THREADS": "1",
-    }
-    agents = [
-        subprocess.Popen(
-            [*command, f"--rdzv-conf=store_type=file,is_host={is_host}", "--module",
-             "tests.link_ranks", str(output), "meet"],
-            env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
-        )
-        for is_host in (1, 0)
-    ]  # fmt: skip
-    try:
-        said = [agent.communicate(timeout=120)[0] for agent in agents]
-    finally:
-        for agent in agents:
-            agent.kill()
-            agent.wait()
-    assert [agent.returncode for agent in agents] == [0, 0], said
-    found = json.loads(output.read_text())["meet"]
-    assert sorted(found["nodes"]) == [0, 1]
-    fabric = from_plain(Fabric, found["fabric"], "found", "run again")
-    named = {node.name for node in fabric.nodes if node.kind == "node"}
-    assert named == {"node0", "node1", "network"}
-    samples = [from_plain(CollectiveSample, s, "found", "run again") for s in found["samples"]]
-    assert [sample.kind for sample in samples] == ["all_reduce", "send_recv"]
-    assert all(sample.p50_ns > 0 for sample in samples)

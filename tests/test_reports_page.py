@@ -3,6 +3,7 @@
 import html
 import re
 from dataclasses import replace
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -39,19 +40,21 @@ def text_of(page: str) -> str:
     return " ".join(html.unescape(re.sub(r"<[^>]+>", " ", page)).split())
 
 
-ONE = render_report([run_view(make_layout(dp=2, pp=2), slowdown=1.1)])
-MANY = render_report(
-    [
-        run_view(make_layout(dp=2, pp=2), "runs/a", slowdown=1.1),
-        run_view(make_layout(dp=4, pp=1), "runs/b"),
-        run_view(make_layout(pp=4), "runs/c"),
-    ]
-)
-ALONE = render_report([], [plan_view(make_plan())])
+@cache
+def page_of(what: str) -> str:
+    """Return the page of one run, of several runs, or of a plan without a run."""
+    if what == "plan":
+        return render_report([], [plan_view(make_plan())])
+    views = [run_view(make_layout(dp=2, pp=2), slowdown=1.1)]
+    if what == "runs":
+        views.append(run_view(make_layout(dp=4, pp=1), "runs/b"))
+        views.append(run_view(make_layout(pp=4), "runs/c"))
+    return render_report(views)
 
 
-@pytest.mark.parametrize("page", [ONE, MANY, ALONE], ids=["run", "runs", "plan"])
-def test_a_page_needs_nothing_from_outside(page: str) -> None:
+@pytest.mark.parametrize("what", ["run", "runs", "plan"])
+def test_a_page_needs_nothing_from_outside(what: str) -> None:
+    page = page_of(what)
     policy = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
     assert f'http-equiv="Content-Security-Policy" content="{policy}"' in page
     assert "<script" not in page
@@ -65,21 +68,21 @@ def test_a_page_needs_nothing_from_outside(page: str) -> None:
     assert anchors <= set(ids)
 
 
-@pytest.mark.parametrize("page", [ONE, MANY, ALONE], ids=["run", "runs", "plan"])
-def test_every_question_has_an_answer(page: str) -> None:
-    questions = re.findall(r"<h2[^>]*>([^<]*)</h2>", page)
+@pytest.mark.parametrize("what", ["run", "runs", "plan"])
+def test_every_question_has_an_answer(what: str) -> None:
+    questions = re.findall(r"<h2[^>]*>([^<]*)</h2>", page_of(what))
     assert questions[-2:] == ["What is it made of?", "How can it be repeated?"]
     for question in ("What was decided?", "Which layouts were compared?", "Why not the others?",
                      "Where does a step go?", "Does it fit?"):  # fmt: skip
         assert question in questions
-    assert ("Did the run do what was predicted?" in questions) == (page is not ALONE)
-    assert ("Did the runs come out as predicted?" in questions) == (page is MANY)
+    assert ("Did the run do what was predicted?" in questions) == (what != "plan")
+    assert ("Did the runs come out as predicted?" in questions) == (what == "runs")
 
 
 def test_the_headline_numbers_are_there() -> None:
     view = run_view(make_layout(dp=2, pp=2), slowdown=1.1)
     comparison = compare(view.plan, view.record, view.predicted)
-    text = text_of(ONE)
+    text = text_of(page_of("run"))
     tokens_per_s = view.plan.workload.tokens_per_step * 1e9 / comparison.measured_ns
     for number in (
         duration(comparison.predicted_ns),
@@ -119,11 +122,11 @@ def test_the_parts_of_the_step_and_their_formula_are_there() -> None:
     sentence = utilization_text(view.plan, found)
     assert sentence.startswith(f"MFU {100 * (found.mfu or 0):.1f} %, HFU ")
     assert sentence.endswith("(step x 4 ranks x 100.0 GFLOP/s dense fp32)")
-    assert sentence in text_of(ONE)
-    assert text_of(MANY).count("What the predicted step goes to") == 3
+    assert sentence in text_of(page_of("run"))
+    assert text_of(page_of("runs")).count("What the predicted step goes to") == 3
     for part, ns in found.parts_ns.items():
-        assert f">{PART_NAMES[part]}<" in ONE
-        assert f">{duration(ns)}<" in ONE
+        assert f">{PART_NAMES[part]}<" in page_of("run")
+        assert f">{duration(ns)}<" in page_of("run")
 
 
 def test_hostile_names_are_escaped() -> None:
@@ -147,7 +150,7 @@ def test_order_is_judged_only_where_the_measured_gap_is_clear() -> None:
     assert (near.num_pairs, near.wrong) == (0, ())
     wrong = order_agreement([("a", 100, 120), ("b", 101, 100)])
     assert (wrong.num_pairs, wrong.wrong) == (1, (("b", "a"),))
-    assert "pairs of runs" in text_of(MANY)
+    assert "pairs of runs" in text_of(page_of("runs"))
 
 
 def test_plans_of_other_inputs_are_told_apart() -> None:
