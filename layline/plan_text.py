@@ -10,6 +10,7 @@ from planner.objectives import figure, told
 from planner.plan import Candidate, Certificate, Plan
 from planner.search import Effort
 from planner.variants import variant_text
+from profiles.goal import BEST_IS_HIGH
 from reports.certificate import front_text, gain_text, proof_text, rejected, searched_text
 from reports.words import band, count, duration, origin_text, size
 
@@ -52,7 +53,10 @@ def _header(plan: Plan) -> list[str]:
         f"{plan.profile.device.name}",
         f"costs: {origin_text(plan)}",
     ]
-    limits = [f"{name} {told(name, limit)}" for name, limit in sorted(goal.limits.items())]
+    limits = [
+        f"{name} at {'least' if name in BEST_IS_HIGH else 'most'} {told(name, limit)}"
+        for name, limit in sorted(goal.limits.items())
+    ]
     if limits or goal.objectives != ("step_time",):
         asked = " and ".join(goal.objectives)
         lines.append(f"goal: {asked}" + (f"; limits: {', '.join(limits)}" if limits else ""))

@@ -124,7 +124,10 @@ def sweep(
                 outcomes[case.place] = _taken(case, told, folder, len(cases))
                 progress(num_done / len(places), f"{num_done} of {len(places)} cases")
     except KeyboardInterrupt:
-        pass  # the rows tell
+        # The rows tell what was done; a plan that was written and not yet noted is none of it.
+        for case in cases:
+            if folder is not None and case.place not in outcomes:
+                (folder / case.file_name(len(cases))).unlink(missing_ok=True)
     rows = (Row(case=case, outcome=outcomes.get(case.place, _NOT_DONE)) for case in cases)
     return Sweep(axes=tuple(axes), rows=tuple(rows))
 

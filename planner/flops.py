@@ -1,6 +1,8 @@
 """The flops of a step: one formula for MFU and HFU wherever they are printed."""
 
 from planner.setup import Setup
+from profiles.cluster import ClusterSpec
+from profiles.workload import DType
 
 
 def step_flops(setup: Setup, *, causal: bool, recomputed: bool) -> float:
@@ -50,9 +52,21 @@ def _recomputed_share(setup: Setup) -> float:
 
 def peak_flops_per_s(setup: Setup) -> float:
     """Return the dense peak of one GPU in the dtype of the run, the mean where they differ."""
-    pools, dtype = setup.cluster.pools, setup.workload.dtype
-    peaks = [pool.gpu.peak_flops_per_s[dtype] for pool in pools]
+    return mean_peak_flops_per_s(setup.cluster, setup.workload.dtype)
+
+
+def mean_peak_flops_per_s(cluster: ClusterSpec, dtype: DType) -> float:
+    """Return the dense peak of a GPU of `cluster`, on average.
+
+    >>> from dataclasses import replace
+    >>> from profiles.presets import cluster_preset
+    >>> h100, a100 = (cluster_preset(name, num_nodes=2) for name in ("h100-sxm", "a100-sxm-80gb"))
+    >>> both = replace(h100, pools=h100.pools + a100.pools)
+    >>> [mean_peak_flops_per_s(each, "bf16") / 1e12 for each in (h100, a100, both)]
+    [989.0, 312.0, 650.5]
+    """
+    peaks = [pool.gpu.peak_flops_per_s[dtype] for pool in cluster.pools]
     if len(set(peaks)) == 1:
         return peaks[0]
-    each = zip(peaks, pools, strict=True)
-    return sum(peak * pool.num_gpus for peak, pool in each) / setup.cluster.num_ranks
+    each = zip(peaks, cluster.pools, strict=True)
+    return sum(peak * pool.num_gpus for peak, pool in each) / cluster.num_ranks

@@ -112,7 +112,7 @@ class _Objective(NamedTuple):
 
 
 _TABLE: dict[str, _Objective] = {
-    "step_time": _Objective(lambda _, step_s, __: step_s, "{:.3f} s"),
+    "step_time": _Objective(lambda _, step_s, __: step_s, ""),
     "tokens_per_s": _Objective(
         lambda facts, step_s, _: step_s * (1 / facts.tokens_per_step), "{:,.0f} tokens/s"
     ),
@@ -195,6 +195,8 @@ def told(name: str, value: float) -> str:
     >>> told("dollars_per_mtoken", 0.3125), told("memory_headroom", 2.0**32), told("goodput", 1e5)
     ('$0.3125 a Mtoken', '4.0 GiB', '100,000 tokens/s')
     """
+    if name == "step_time":
+        return format_quantity(1e9 * value, "ns")
     if name == "memory_headroom":
         return format_quantity(value, "bytes")
     return _TABLE[name].text.format(value)

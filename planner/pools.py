@@ -54,6 +54,18 @@ def misfit(pools: Sequence[PoolSpec], stage_ranks: int, order: str) -> str:
     )
 
 
+def limits_bytes(cluster: ClusterSpec, pp: int) -> tuple[int, ...]:
+    """Return the memory of the GPUs of each of `pp` pipeline ranks, in bytes.
+
+    It is that of the smallest GPU wherever a rank need not lie in one pool.
+    """
+    pools, stage_ranks = unlike_pools(cluster), cluster.num_ranks // pp
+    least = min(pool.gpu.memory_bytes for pool in pools)
+    if len(pools) == 1 or misfit(pools, stage_ranks, DEFAULT_ORDER):
+        return (least,) * pp
+    return tuple(pools[place].gpu.memory_bytes for place in pools_of_ranks(pools, pp))
+
+
 def pools_of_ranks(pools: Sequence[PoolSpec], pp: int) -> tuple[int, ...]:
     """Return the place of the pool of each of `pp` pipeline ranks.
 

@@ -109,7 +109,10 @@ def _check(setup: Setup) -> None:
             f"the stages have {sum(layout.stage_layers)} layers, the model {model.num_layers}"
         )
     if len(setup.cluster.pools) > 1:
-        raise UnsupportedError("pools of several GPUs are not covered yet; name one pool")
+        raise UnsupportedError(
+            "pools of several GPUs are not covered here; name one pool, or let `layline plan` lay "
+            "a pipeline over them"
+        )
     if layout.num_ranks > setup.cluster.num_ranks:
         raise UnsupportedError(
             f"the layout has {layout.num_ranks} ranks, the cluster {setup.cluster.num_ranks}"

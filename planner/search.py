@@ -29,6 +29,8 @@ from simulator.schedule import Schedule
 
 FEW = 16
 """Layouts that are timed in any case, so that the short list is of use."""
+PROMISING = 16
+"""Starts that are tried first, so that a good layout is there at once."""
 MANY = 256
 """Starts that are tried before the search is content with its gap: a small space is searched to
 the end."""
@@ -150,7 +152,7 @@ def search(
     space = Space(job, costs)
     trials = Trials(space, basis, tally)
     progress(0.0, "bounds")
-    queue = _by_cost(frontier(space, basis, tally), judge)
+    queue = _in_turn(_by_cost(frontier(space, basis, tally), judge), job)
     left, is_interrupted = _tried(queue, trials, judge, effort, started, progress)
     return _result(job, basis, space, trials, judge, left, is_interrupted=is_interrupted)
 
@@ -168,12 +170,36 @@ def _by_cost(bounded: Sequence[Bounded], judge: _Judge) -> list[_Queued]:
     return sorted(queue, key=lambda each: each.least)
 
 
+def _in_turn(queue: Sequence[_Queued], job: Job) -> list[_Queued]:
+    """Return the starts with a few promising ones in front: by a guess, which is no bound.
+
+    Bounds know nothing yet of what replicas exchange. The guess adds their gradients, once around
+    a ring of the slowest links, so that the first layouts timed are good ones.
+    """
+    link = job.cluster.inter_node or job.cluster.pools[0].intra_node
+    size_bytes = job.model.num_parameters * (job.stack.reduction_bytes or 4)
+
+    def guess_ns(queued: _Queued) -> float:
+        degrees = queued.bounded.start.degrees
+        is_alone = degrees.dp * degrees.cp == 1
+        share = 0 if is_alone else 2 * size_bytes / (degrees.tp * degrees.pp)
+        return queued.bounded.bound_ns + 1e9 * share / link.bytes_per_s
+
+    places = sorted(range(len(queue)), key=lambda place: guess_ns(queue[place]))[:PROMISING]
+    promising = frozenset(places)
+    return [
+        *(queue[place] for place in places),
+        *(queued for place, queued in enumerate(queue) if place not in promising),
+    ]
+
+
 def _tried(
     queue: Sequence[_Queued], trials: Trials, judge: _Judge, effort: Effort, started: float,
     progress: Progress,
 ) -> tuple[Sequence[_Queued], bool]:  # fmt: skip
     """Try starts in turn; return those that are left, and whether it was stopped by hand."""
     tally, is_one = trials.tally, len(judge.goal.objectives) == 1
+    lowest = min((each.least for each in queue), default=0.0)
     for place, (least, bounded) in enumerate(queue):
         is_near = is_one and least >= judge.best * (1 - effort.gap)
         if is_near and place >= MANY:
@@ -190,7 +216,8 @@ def _tried(
         if is_worse and tally.num_timed >= FEW:
             tally.num_bounded += bounded.num_layouts
             continue
-        progress(*_progress(judge.best, least, place / len(queue), tally.num_timed))
+        known = least if place >= PROMISING else lowest
+        progress(*_progress(judge.best, known, place / len(queue), tally.num_timed))
         num_before = tally.num_layouts
         try:
             _try_start(bounded, trials, judge, effort.gap if place >= MANY else 0.0)
@@ -307,7 +334,7 @@ def _front(judge: _Judge, ranking: Sequence[Candidate]) -> tuple[int, ...]:
 def _certificate(judge: _Judge, tally: Tally, best: Timed, left: Sequence[_Queued]) -> Certificate:
     """Return what is known of all layouts: what is left is no better than the next start."""
     value = judge.costs(best.step_ns, best.peak_bytes)[0]
-    lower_bound = min(value, judge.at_most, judge.let_go, left[0].least if left else value)
+    lower_bound = min(value, judge.at_most, judge.let_go, *(each.least for each in left))
     num_open = sum(each.bounded.num_layouts for each in left if each.least < value)
     num_bounded = tally.num_bounded + sum(
         each.bounded.num_layouts for each in left if each.least >= value

@@ -2,9 +2,11 @@
 
 from collections.abc import Mapping, Sequence
 
+from planner.flops import mean_peak_flops_per_s
 from planner.layout import Layout
 from planner.objectives import cost, figure, told
 from planner.plan import Candidate, Plan, Rejection
+from planner.pools import limits_bytes
 from planner.waterfall import utilization
 from profiles.quantity import format_quantity
 from reports.certificate import OBJECTIVE_WORDS, front_text, proof_text, rejected, stages
@@ -12,7 +14,7 @@ from reports.document import Block, Drawing, Section, Table, Text
 from reports.figures import IntervalRow, intervals
 from reports.front_figure import Point, front_figure
 from reports.views import RunView, Study, View
-from reports.words import band, change, count, duration, joined, origin_text, size
+from reports.words import band, change, count, duration, gpus_text, joined, origin_text, size
 
 _MAX_RANKED, _MAX_SHOWN = 12, 40
 _IN_EVERY_TABLE = ("step_time", "memory_headroom")
@@ -24,9 +26,11 @@ _COSTS = (
 )  # fmt: skip
 
 
-def memory_limit(plan: Plan) -> int:
-    """Return the memory in bytes that the smallest GPU of the cluster gives to a rank."""
-    return min(pool.gpu.memory_bytes for pool in plan.cluster.pools)
+def tightest(plan: Plan) -> tuple[int, int]:
+    """Return the peak of the pipeline rank that has least left, and its GPU's memory, in bytes."""
+    limits = limits_bytes(plan.cluster, plan.layout.pp)
+    ranks = zip((rank.total for rank in plan.memory), limits, strict=True)
+    return min(ranks, key=lambda rank: rank[1] - rank[0])
 
 
 def tokens_per_s(plan: Plan, step_ns: int) -> str:
@@ -77,12 +81,12 @@ def _headline(view: View) -> Table:
     """Return step time, tokens per second and memory, and the time for all tokens if asked for."""
     plan = view.plan
     low_ns, mid_ns, high_ns = plan.step.p10_ns, plan.step.p50_ns, plan.step.p90_ns
-    peak = max(rank.total for rank in plan.memory)
+    peak, limit = tightest(plan)
     rates = f"{tokens_per_s(plan, high_ns)} to {tokens_per_s(plan, low_ns)}"
     rows = [
         ("step", duration(mid_ns), band(low_ns, high_ns)),
         ("tokens per second", tokens_per_s(plan, mid_ns), rates),
-        ("peak memory, worst rank", size(peak), f"of {size(memory_limit(plan))}"),
+        ("peak memory, worst rank", size(peak), f"of {size(limit)}"),
     ]
     num_steps = -(-plan.workload.tokens // plan.workload.tokens_per_step)
     if num_steps:
@@ -132,11 +136,11 @@ def _mfu(plan: Plan) -> str:
     """Return the predicted model flops utilisation as a sentence, empty where no peak is known."""
     if (used := utilization(plan, plan.step.p50_ns)) is None:
         return ""
-    num_ranks, gpu = plan.layout.num_ranks, plan.cluster.pools[0].gpu
-    rate = used.mfu * num_ranks * gpu.peak_flops_per_s[plan.workload.dtype]
+    num_ranks, dtype = plan.layout.num_ranks, plan.workload.dtype
+    rate = used.mfu * num_ranks * mean_peak_flops_per_s(plan.cluster, dtype)
     return (
         f"The model should do {format_quantity(rate, 'flop/s')}, {100 * used.mfu:.1f} % of the "
-        f"peak of {count(num_ranks)} x {gpu.name} in {plan.workload.dtype}."
+        f"peak of {count(num_ranks)} x {gpus_text(plan)} in {dtype}."
     )
 
 

@@ -6,7 +6,7 @@ from planner.lower import simulation_of
 from planner.plan import Plan
 from planner.waterfall import waterfall
 from reports.compare import Comparison, exposed_ns
-from reports.decision import memory_limit, tokens_per_s
+from reports.decision import tightest, tokens_per_s
 from reports.document import Block, Drawing, Section, Table, Text
 from reports.figures import (
     MAX_ROWS,
@@ -164,8 +164,7 @@ def memory(study: Study, prefix: str) -> Section:
     for number, view in enumerate(study.views):
         record = view.record if isinstance(view, RunView) else None
         rows = memory_rows(view.plan, record)
-        limit = memory_limit(view.plan)
-        peak = max(rank.total for rank in view.plan.memory)
+        peak, limit = tightest(view.plan)
         verdict = "fits" if peak <= limit else "does not fit"
         text = f"It {verdict}: the worst rank should hold {size(peak)} of {size(limit)}"
         if record is not None:

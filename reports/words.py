@@ -2,6 +2,7 @@
 
 from collections.abc import Sequence
 
+from planner.flops import mean_peak_flops_per_s
 from planner.plan import Plan
 from planner.waterfall import Waterfall
 from profiles.quantity import format_quantity
@@ -126,15 +127,20 @@ def origin_text(plan: Plan) -> str:
     )
 
 
+def gpus_text(plan: Plan) -> str:
+    """Return the GPUs of the cluster by name, each once."""
+    return joined(list(dict.fromkeys(pool.gpu.name for pool in plan.cluster.pools)))
+
+
 def utilization_text(plan: Plan, found: Waterfall) -> str:
     """Return MFU and HFU as a sentence with their formula, or why there is neither."""
-    gpu, dtype = plan.cluster.pools[0].gpu, plan.workload.dtype
+    dtype = plan.workload.dtype
     if found.mfu is None or found.hfu is None:
         return (
-            f"No peak rate of {gpu.name} in {dtype} is known: the parts begin at the work itself, "
-            "and there is no MFU."
+            f"No peak rate of {gpus_text(plan)} in {dtype} is known: the parts begin at the work "
+            "itself, and there is no MFU."
         )
-    peak = format_quantity(gpu.peak_flops_per_s[dtype], "flop/s")
+    peak = format_quantity(mean_peak_flops_per_s(plan.cluster, dtype), "flop/s")
     return (
         f"MFU {100 * found.mfu:.1f} %, HFU {100 * found.hfu:.1f} % = model flops (HFU: and "
         f"recomputed ones) / (step x {count(plan.layout.num_ranks)} ranks x {peak} dense {dtype})"

@@ -4,7 +4,7 @@ What the search leaves out by bounds is timed here as well, each layout by the w
 schedule, and stages and recomputed layers are found by hand.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import cache, lru_cache
 from itertools import product
@@ -68,19 +68,19 @@ class Enumeration:
 def enumerated(job: Job, costs: Costs) -> Enumeration:
     """Return all layouts of `job`, timed by `costs`."""
     facts, goal = facts_of(job), job.goal
-    num_layouts, fitting, worth = 0, [], []
+    num_layouts, found = 0, dict[Exact, tuple[float, ...]]()
     # Costs do not depend on the schedule, so that layouts of several share them.
     stages = cache(costs.stages)
     for start in starts(job, costs):
         for made in _of_start(job, costs, stages, start):
             num_layouts += 1
-            if made is None or broken_limit(goal, facts, made.step_ns, made.peak_bytes):
-                continue
-            fitting.append(made)
-            worth.append(
-                tuple(cost(n, facts, made.step_ns, made.peak_bytes) for n in goal.objectives)
-            )
-    return Enumeration(num_layouts=num_layouts, fitting=tuple(fitting), objectives=tuple(worth))
+            if made is not None and not broken_limit(goal, facts, made.step_ns, made.peak_bytes):
+                found[made] = tuple(
+                    cost(name, facts, made.step_ns, made.peak_bytes) for name in goal.objectives
+                )
+    return Enumeration(
+        num_layouts=num_layouts, fitting=tuple(found), objectives=tuple(found.values())
+    )
 
 
 def starts(job: Job, costs: Costs) -> Iterator[Layout]:
@@ -104,9 +104,11 @@ def starts(job: Job, costs: Costs) -> Iterator[Layout]:
             continue
         share = work.global_batch // dp
         batches = [n for n in asked.micro_batch or range(1, share + 1) if share % n == 0]
-        sequence = (asked.sequence_parallel or (True, False)) if tp > 1 and not is_ours else (False,)
+        sequence = (
+            (asked.sequence_parallel or (True, False)) if tp > 1 and not is_ours else (False,)
+        )
         for n, sp, order, (v, name) in product(
-            batches, sequence, _orders(job, is_ours, **degrees), _pipelines(job, pp)
+            batches, sequence, _orders(job, degrees, is_ours=is_ours), _pipelines(job, pp)
         ):
             yield Layout(
                 **degrees, micro_batch=n, num_microbatches=share // n, sequence_parallel=sp,
@@ -126,11 +128,12 @@ def _sizes(job: Job, *, is_ours: bool) -> tuple[list[int], ...]:
     )
 
 
-def _orders(job: Job, is_ours: bool, dp: int, tp: int, cp: int, pp: int, ep: int) -> list[str]:
+def _orders(job: Job, degrees: Mapping[str, int], *, is_ours: bool) -> list[str]:
     """Return the orders that differ: with stages and replicas, some of which share a node."""
     asked, (pool,) = job.search.order or BOTH_ORDERS, job.cluster.pools
-    share = tp * cp % pool.gpus_per_node != 0 or job.cluster.uplinks is not None
-    if pp > 1 and dp > 1 and pool.num_nodes > 1 and share and not is_ours:
+    fills = degrees["tp"] * degrees["cp"] % pool.gpus_per_node == 0
+    differ = not fills or job.cluster.uplinks is not None
+    if degrees["pp"] > 1 and degrees["dp"] > 1 and pool.num_nodes > 1 and differ and not is_ours:
         return list(asked)
     return [DEFAULT_ORDER if DEFAULT_ORDER in asked else asked[0]]
 

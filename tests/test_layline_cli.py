@@ -14,7 +14,7 @@ from click.testing import CliRunner, Result
 
 from layline import walk
 from layline.cli import main
-from planner.plan import load_plan
+from planner.plan import PLAN_SCHEMA_VERSION, load_plan
 from planner.record import load_run
 from profiles.files import canonical_json
 from tests.machine import made_up_profile
@@ -162,10 +162,11 @@ def test_a_plan_edited_by_hand_names_the_section(call: Call) -> None:
 
 def test_a_plan_of_an_older_version_is_stale(call: Call) -> None:
     call("plan", "job.toml", "-o", "plan.json")
-    edit("plan.json", '"schema_version": 3', '"schema_version": 2')
+    edit("plan.json", f'"schema_version": {PLAN_SCHEMA_VERSION}', '"schema_version": 2')
     result = call("simulate", "plan.json")
     assert result.exit_code == 7
-    assert "plan.json: schema_version is 2; this version reads 3" in result.stderr
+    reads = f"this version reads {PLAN_SCHEMA_VERSION}"
+    assert f"plan.json: schema_version is 2; {reads}" in result.stderr
 
 
 def test_a_plan_whose_profile_changed_is_stale(call: Call) -> None:
@@ -266,7 +267,9 @@ def test_a_file_of_another_kind(call: Call) -> None:
         ("simulate", "list.json"): "list.json: holds no Plan",
         ("simulate", "inf.json"): "1e999 is too large",
         ("plan", "job.toml"): "this version reads",
-        ("plan", "job.toml", "--set", "profile=plan.json"): "plan.json: schema_version is 3",
+        ("plan", "job.toml", "--set", "profile=plan.json"): (
+            f"plan.json: schema_version is {PLAN_SCHEMA_VERSION}"
+        ),
         ("plan", "job.toml", "--set", f"profile={'a' * 3000}"): 'must be "auto" or a file',
     }.items():
         result = call(*command)
@@ -335,7 +338,7 @@ def test_a_closed_pipe_is_no_error_of_ours() -> None:
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_signals_interrupt(call: Call, monkeypatch: pytest.MonkeyPatch, number: int) -> None:
-    monkeypatch.setattr(walk, "plan_job", lambda *_: signal.raise_signal(number))
+    monkeypatch.setattr(walk, "search_layouts", lambda *_: signal.raise_signal(number))
     result = call("plan", "job.toml", "-o", "plan.json")
     assert result.exit_code == 6
     assert result.stderr == "layline: interrupted\n"

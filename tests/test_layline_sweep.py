@@ -199,7 +199,11 @@ def test_the_command() -> None:
     ("options", "code", "word"),
     [
         (("--jobs", "2"), 2, "--jobs is for the cases of --sweep"),
-        (("--sweep", "seed=1,2", "--top", "3"), 2, "--top is about one job; leave it out with --sweep"),
+        (
+            ("--sweep", "seed=1,2", "--top", "3"),
+            2,
+            "--top is about one job; leave it out with --sweep",
+        ),
         (("--sweep", "seed"), 3, "--sweep seed is no axis"),
         (("--sweep", "seed=1,2", "--seed", "3"), 3, "set again, after seed"),
         (("--sweep", "seed=1,2", "--farm", "slurm"), 3, '--farm is "slurm"'),
@@ -221,12 +225,15 @@ def test_a_stopped_command_tells_what_is_done_and_leaves_nobody(number: signal.S
         env=os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)},
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
     )  # fmt: skip
-    wait_until(lambda: any(Path("plans").glob("*.json")), seconds=60)
-    workers = psutil.Process(program.pid).children(recursive=True)
-    # Ctrl-C goes to all processes of a terminal, a batch system's signal to the first alone.
-    send: Callable[[int, int], None] = os.killpg if number == signal.SIGINT else os.kill
-    send(program.pid, number)
-    out, errors = program.communicate(timeout=60)
+    try:
+        wait_until(lambda: any(Path("plans").glob("*.json")) or program.poll() is not None, 120)
+        workers = psutil.Process(program.pid).children(recursive=True)
+        # Ctrl-C goes to all processes of a terminal, a batch system's signal to the first alone.
+        send: Callable[[int, int], None] = os.killpg if number == signal.SIGINT else os.kill
+        send(program.pid, number)
+        out, errors = program.communicate(timeout=60)
+    finally:
+        program.kill()
     assert program.returncode == 6
     cases = json.loads(out)["cases"]
     num_planned = sum("plan" in case for case in cases)

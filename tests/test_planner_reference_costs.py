@@ -174,12 +174,9 @@ def test_what_was_not_published_is_refused_by_name() -> None:
     cluster = cluster_preset("h100-sxm", num_nodes=2)
     (pool,) = cluster.pools
     unknown = replace(pool, gpu=replace(pool.gpu, name="abacus"))
-    for asked, words in (
-        (job(cluster=replace(cluster, pools=(pool, pool))), "has 2 pools"),
-        (job(cluster=replace(cluster, pools=(unknown,))), "abacus, of which no measurements"),
-    ):
-        with pytest.raises(UnsupportedError, match=words):
-            reference_costs(asked)
+    for pools in ((unknown,), (pool, unknown)):
+        with pytest.raises(UnsupportedError, match="abacus, of which no measurements"):
+            reference_costs(job(cluster=replace(cluster, pools=pools)))
     assert "layline profile" in refusal(job(cluster=replace(cluster, pools=(unknown,))))
 
 

@@ -12,8 +12,10 @@ from planner.layout import Layout
 from planner.lower import simulate_plan, simulation_of
 from planner.plan import Plan, save_plan, seal
 from planner.waterfall import waterfall
+from profiles.cluster import Operation, UplinkSpec
 from profiles.errors import InvalidInputError
 from profiles.files import canonical_json
+from profiles.goal import Goal
 from reports.compare import compare
 from reports.page import build_report, render_report
 from reports.views import PlanView, RunView, order_agreement, studies
@@ -183,8 +185,82 @@ def test_nothing_to_report_is_an_error(tmp_path: Path) -> None:
         build_report([tmp_path])
 
 
+def changed(plan: Plan, **sections: object) -> Plan:
+    """Return `plan` with other sections, sealed again."""
+    return seal(**({name: getattr(plan, name) for name in plan.section_digests} | sections))
+
+
 def test_a_plan_without_a_ranking_still_has_a_page() -> None:
-    plan = make_plan()
-    sections = {name: getattr(plan, name) for name in plan.section_digests}
-    bare = seal(**{**sections, "ranking": (), "rejections": (), "num_layouts": 1})
+    bare = changed(make_plan(), ranking=(), rejections=(), front=())
     assert "given, not searched for" in render_report([], [plan_view(bare)])
+
+
+def test_the_certificate_accounts_for_every_layout() -> None:
+    known = replace(
+        make_plan().certificate, lower_bound=0.2, gap=0.1234, num_layouts=1_000_000,
+        num_rejected={"divisibility": 1_000, "memory": 9_000, "limits": 0}, num_bounded=900_000,
+        num_timed=40_000, num_open=50_000,
+    )  # fmt: skip
+    text = text_of(render_report([], [plan_view(changed(make_plan(), certificate=known))]))
+    for words in (
+        "No layout of this space is better in step time by more than 12.4 %.",
+        "accounted for 1,000,000 100.0 % rejected: memory 9,000 0.9 % rejected: divisibility "
+        "1,000 0.1 % bounded away, never timed 900,000 90.0 % timed by their full schedule 40,000 "
+        "4.0 % left open when the search ended: the bound holds 50,000 5.0 %",
+        "memory 9,000 dp=1, tp=1, pp=1, mb=8x1 needs 2.4 of 2.0 GiB",
+        "number 4 of 1,000,000 layouts",
+    ):
+        assert words in text
+    assert "rejected: limits" not in text
+    assert "Proved best: no layout of this space is better in step time." in text_of(
+        page_of("plan")
+    )
+
+
+@pytest.mark.parametrize(
+    "objectives", [("step_time", "memory_headroom"), ("goodput", "joules_per_token", "step_time")]
+)
+def test_a_front_is_drawn_with_the_places_of_the_ranking(objectives: tuple[str, ...]) -> None:
+    plan = changed(make_plan(goal=Goal(objectives=objectives)), front=(0, 2))
+    page = render_report([], [plan_view(plan)])
+    (figure,) = re.findall(r"<svg[^>]*Layouts by the objectives.*?</svg>", page, flags=re.DOTALL)
+    places = re.findall(r">(\d)</text>", figure)
+    assert {"1", "3"} <= set(places) and "2" not in places
+    assert figure.count(" [") == len(objectives)
+    assert "The front of 2 layouts" in page
+    assert re.search(r">1 \*</td>", page) and re.search(r">3 \*</td>", page)
+    assert "Layouts by the objectives" not in page_of("plan")
+
+
+def test_what_a_plan_rests_on_is_told_with_its_source() -> None:
+    plan = make_plan(goal=Goal(objectives=("goodput",), limits={"step_time": 2.0}))
+    uplinks = UplinkSpec(pod_nodes=384, oversubscription=7.0, source="a paper", date="2024-07-31")
+    said = Operation(
+        dollars_per_gpu_hour=2.5, watts_per_gpu=1_100.0, pue=1.2, restart_ns=300 * 10**9,
+        checkpoint_stall_ns=5 * 10**9,
+    )  # fmt: skip
+    cluster = replace(plan.cluster, uplinks=uplinks, operation=said)
+    text = text_of(render_report([], [plan_view(changed(plan, cluster=cluster))]))
+    for words in (
+        "over pods of 384 nodes at full rate, uplinks of 1 / 7 of their NICs (source: a paper, "
+        "2024-07-31)",
+        "price $2.5 a GPU-hour (source: the job file)",
+        "power 1.1 kW a GPU with its share of the node (source: the job file)",
+        "power PUE 1.2 (source: the job file)",
+        "failures 5.0 min to restart (source: the job file)",
+        "checkpoints stop the job for 5.0 s each (source: the job file)",
+        "goal best goodput; step time at most 2.000 s",
+        "note assumed 0.000474 interruptions per GPU-day: Llama 3 405B",
+    ):
+        assert words in text
+    assert "to restart: MegaScale" not in text
+
+
+def test_layouts_are_ranked_by_the_goal() -> None:
+    plan = make_plan(goal=Goal(objectives=("memory_headroom",)))
+    roomy = tuple(
+        replace(each, peak_bytes=each.peak_bytes - place) for place, each in enumerate(plan.ranking)
+    )
+    (study,) = studies([plan_view(changed(plan, ranking=roomy))])
+    assert study.ranking() == roomy[::-1]
+    assert study.front() == frozenset()
