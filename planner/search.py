@@ -14,9 +14,10 @@ from typing import NamedTuple
 from planner.evaluate import Basis, Costs, basis_of
 from planner.finalists import with_jitter
 from planner.frontier import Bounded, Tally, frontier
+from planner.judge import Judge
 from planner.layout import Layout
 from planner.lower import predict_order, predict_steps
-from planner.objectives import broken_limit, cost, facts_of, front
+from planner.objectives import front
 from planner.orders import order_of, sample_of
 from planner.plan import PLAN_SCHEMA_VERSION, Candidate, Certificate, Plan, Rejection, Variant, seal
 from planner.refine import NOTHING_REFINED, refine
@@ -77,60 +78,6 @@ class SearchResult:
         return order_of(layout).whole() if made is None else made
 
 
-class _Judge:
-    """Says what is better, and what cannot be: the goal of a job, and the best found so far.
-
-    Of one objective `at_most` is what is reached elsewhere: once something is found, nothing above
-    it is of use.
-    """
-
-    def __init__(self, job: Job, at_most: float = math.inf) -> None:
-        self.goal, self.facts = job.goal, facts_of(job)
-        self.at_most = at_most if len(job.goal.objectives) == 1 else math.inf
-        self.found: list[Timed] = []
-        self.let_go = math.inf
-        self._costs: list[tuple[float, ...]] = []
-
-    def costs(self, step_ns: float, peak_bytes: float) -> tuple[float, ...]:
-        """Return what each objective makes of a step and a peak."""
-        return tuple(cost(name, self.facts, step_ns, peak_bytes) for name in self.goal.objectives)
-
-    def breaks_limit(self, step_ns: float, peak_bytes: float) -> str:
-        """Return which limit of the job is broken, empty if none."""
-        return broken_limit(self.goal, self.facts, step_ns, peak_bytes)
-
-    def is_hopeless(self, step_ns: float, peak_bytes: float, gap: float = 0.0) -> bool:
-        """Return whether what takes so much at least can be left out.
-
-        Of one objective also what could be better by no more than `gap`; the least of it is
-        remembered, since it is all that is known of the best.
-        """
-        asked = self.costs(step_ns, peak_bytes)
-        if any(all(map(float.__lt__, best, asked)) for best in self._costs):
-            return True
-        if self._costs and asked[0] > self.at_most:
-            return True
-        if gap and len(asked) == 1 and asked[0] >= (1 - gap) * self.best:
-            self.let_go = min(self.let_go, asked[0])
-            return True
-        return bool(self.breaks_limit(step_ns, peak_bytes))
-
-    def add(self, timed: Timed) -> None:
-        """Take a layout in; what it is better than in everything no longer counts."""
-        self.found.append(timed)
-        asked = self.costs(timed.step_ns, timed.peak_bytes)
-        if not any(all(map(float.__le__, best, asked)) for best in self._costs):
-            self._costs = [
-                best for best in self._costs if not all(map(float.__le__, asked, best))
-            ] + [asked]
-
-    @property
-    def best(self) -> float:
-        """The first objective of the best layout, infinite where there is none."""
-        found = min((costs[0] for costs in self._costs), default=math.inf)
-        return min(found, self.at_most) if self._costs else math.inf
-
-
 def ignore_progress(_share: float, _what: str) -> None:
     """Tell nobody."""
 
@@ -148,7 +95,7 @@ def search(
     InfeasibleError when nothing fits.
     """
     started = time.monotonic()
-    basis, tally, judge = basis_of(job, costs), Tally(), _Judge(job, at_most)
+    basis, tally, judge = basis_of(job, costs), Tally(), Judge(job, at_most)
     space = Space(job, costs)
     trials = Trials(space, basis, tally)
     progress(0.0, "bounds")
@@ -164,7 +111,7 @@ class _Queued(NamedTuple):
     bounded: Bounded
 
 
-def _by_cost(bounded: Sequence[Bounded], judge: _Judge) -> list[_Queued]:
+def _by_cost(bounded: Sequence[Bounded], judge: Judge) -> list[_Queued]:
     """Return the starts in the order in which they are tried."""
     queue = [_Queued(judge.costs(each.bound_ns, each.least_bytes)[0], each) for each in bounded]
     return sorted(queue, key=lambda each: each.least)
@@ -177,13 +124,15 @@ def _in_turn(queue: Sequence[_Queued], job: Job) -> list[_Queued]:
     a ring of the slowest links, so that the first layouts timed are good ones.
     """
     link = job.cluster.inter_node or job.cluster.pools[0].intra_node
+    # This machine has no data sheet: nobody knows a rate before the profile is asked.
+    bytes_per_s = link.bytes_per_s or math.inf
     size_bytes = job.model.num_parameters * (job.stack.reduction_bytes or 4)
 
     def guess_ns(queued: _Queued) -> float:
         degrees = queued.bounded.start.degrees
         is_alone = degrees.dp * degrees.cp == 1
         share = 0 if is_alone else 2 * size_bytes / (degrees.tp * degrees.pp)
-        return queued.bounded.bound_ns + 1e9 * share / link.bytes_per_s
+        return queued.bounded.bound_ns + 1e9 * share / bytes_per_s
 
     places = sorted(range(len(queue)), key=lambda place: guess_ns(queue[place]))[:PROMISING]
     promising = frozenset(places)
@@ -194,7 +143,7 @@ def _in_turn(queue: Sequence[_Queued], job: Job) -> list[_Queued]:
 
 
 def _tried(
-    queue: Sequence[_Queued], trials: Trials, judge: _Judge, effort: Effort, started: float,
+    queue: Sequence[_Queued], trials: Trials, judge: Judge, effort: Effort, started: float,
     progress: Progress,
 ) -> tuple[Sequence[_Queued], bool]:  # fmt: skip
     """Try starts in turn; return those that are left, and whether it was stopped by hand."""
@@ -230,7 +179,7 @@ def _tried(
     return [], False
 
 
-def _try_start(bounded: Bounded, trials: Trials, judge: _Judge, gap: float) -> None:
+def _try_start(bounded: Bounded, trials: Trials, judge: Judge, gap: float) -> None:
     """Time the layouts of one start; a few are timed whatever they can be worth."""
 
     def is_hopeless(step_ns: float, peak_bytes: float) -> bool:
@@ -254,7 +203,7 @@ def _progress(best: float, least: float, share: float, num_timed: int) -> tuple[
 
 
 def _result(
-    job: Job, basis: Basis, space: Space, trials: Trials, judge: _Judge, left: Sequence[_Queued],
+    job: Job, basis: Basis, space: Space, trials: Trials, judge: Judge, left: Sequence[_Queued],
     *, is_interrupted: bool,
 ) -> SearchResult:  # fmt: skip
     """Return what was found, with orders made for the best pipelines where they are asked for."""
@@ -290,7 +239,7 @@ def _result(
     )
 
 
-def _short_list(judge: _Judge, ranked: Sequence[Timed]) -> list[Timed]:
+def _short_list(judge: Judge, ranked: Sequence[Timed]) -> list[Timed]:
     """Return the best of what was timed, and further behind all of the front."""
     found = list(ranked[:MAX_RANKED])
     if len(judge.goal.objectives) > 1:
@@ -299,7 +248,7 @@ def _short_list(judge: _Judge, ranked: Sequence[Timed]) -> list[Timed]:
     return found
 
 
-def _rank(judge: _Judge, timed: Timed) -> tuple[float, int, int, str]:
+def _rank(judge: Judge, timed: Timed) -> tuple[float, int, int, str]:
     first = judge.costs(timed.step_ns, timed.peak_bytes)[0]
     return first, timed.step_ns, timed.peak_bytes, str(timed.layout)
 
@@ -324,14 +273,14 @@ def _banded(basis: Basis, timed: Timed, orders: Mapping[Layout, Schedule]) -> Ca
     return Candidate(layout=timed.layout, step=step, peak_bytes=timed.peak_bytes)
 
 
-def _front(judge: _Judge, ranking: Sequence[Candidate]) -> tuple[int, ...]:
+def _front(judge: Judge, ranking: Sequence[Candidate]) -> tuple[int, ...]:
     """Return the places of the ranking that no other betters in all objectives."""
     if len(judge.goal.objectives) == 1:
         return (0,)
     return front([judge.costs(each.step.p50_ns, each.peak_bytes) for each in ranking])
 
 
-def _certificate(judge: _Judge, tally: Tally, best: Timed, left: Sequence[_Queued]) -> Certificate:
+def _certificate(judge: Judge, tally: Tally, best: Timed, left: Sequence[_Queued]) -> Certificate:
     """Return what is known of all layouts: what is left is no better than the next start."""
     value = judge.costs(best.step_ns, best.peak_bytes)[0]
     lower_bound = min(value, judge.at_most, judge.let_go, *(each.least for each in left))

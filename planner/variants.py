@@ -187,6 +187,8 @@ def _merged(best: Certificate, outcomes: Sequence[_Outcome]) -> Certificate:
     lower_bound = min(each.lower_bound for each in known)
     if any(each.reason == INTERRUPTED for each in outcomes):
         lower_bound = 0.0
+    # What a worse variant has left open is not open any more where all of it is worse.
+    num_open = sum(each.num_open for each in known if each.lower_bound < best.value)
     rejected: Counter[str] = Counter()
     for each in known:
         rejected.update(each.num_rejected)
@@ -196,9 +198,9 @@ def _merged(best: Certificate, outcomes: Sequence[_Outcome]) -> Certificate:
         gap=(best.value - lower_bound) / best.value,
         num_layouts=sum(each.num_layouts for each in known),
         num_rejected=dict(sorted(rejected.items())),
-        num_bounded=sum(each.num_bounded for each in known),
+        num_bounded=sum(each.num_bounded + each.num_open for each in known) - num_open,
         num_timed=sum(each.num_timed for each in known),
-        num_open=sum(each.num_open for each in known),
+        num_open=num_open,
     )
 
 

@@ -112,7 +112,7 @@ def test_interleaved_stages_from_job_to_trace(call: Call) -> None:
 def test_a_cluster_without_a_profile_is_planned_from_reference_profiles(call: Call) -> None:
     planned = call("plan", "rented.toml", "-o", "plan.json")
     assert planned.exit_code == 0, planned.output
-    assert f"32 ranks of h100-sxm   stack layline-nccl, {NOT_MEASURED}" in planned.stdout
+    assert f"32 ranks of h100-sxm\ncosts: stack layline-nccl, {NOT_MEASURED}" in planned.stdout
     plan = load_plan(Path("plan.json"))
     assert plan.profile.is_reference
     assert plan.step.p10_ns < plan.step.p50_ns < plan.step.p90_ns
@@ -135,7 +135,8 @@ def test_a_cluster_without_a_profile_is_planned_from_reference_profiles(call: Ca
 
 def test_any_stack_and_model_can_be_planned_from_reference_profiles(call: Call) -> None:
     changes = ["model.preset=gpt-3-175b", "workload.seq_len=2048", "stack.preset=megatron-2023",
-               "cluster.nodes=16", "search.tp=[8]"]  # fmt: skip
+               "cluster.nodes=16", "search.tp=[8]", 'search.sharding=["zero1"]',
+               'search.recompute=["selective"]']  # fmt: skip
     planned = call(
         "plan", "rented.toml", *(part for change in changes for part in ("--set", change))
     )

@@ -225,16 +225,18 @@ def test_a_stopped_command_tells_what_is_done_and_leaves_nobody(number: signal.S
         env=os.environ | {"PYTHONPATH": str(Path(__file__).parent.parent)},
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True,
     )  # fmt: skip
-    try:
-        wait_until(lambda: any(Path("plans").glob("*.json")) or program.poll() is not None, 120)
-        workers = psutil.Process(program.pid).children(recursive=True)
-        # Ctrl-C goes to all processes of a terminal, a batch system's signal to the first alone.
-        send: Callable[[int, int], None] = os.killpg if number == signal.SIGINT else os.kill
-        send(program.pid, number)
-        out, errors = program.communicate(timeout=60)
-    finally:
-        program.kill()
-    assert program.returncode == 6
+    with program:
+        try:
+            wait_until(lambda: any(Path("plans").glob("*.json")) or program.poll() is not None, 120)
+            assert program.poll() is None, program.communicate()
+            workers = psutil.Process(program.pid).children(recursive=True)
+            # Ctrl-C goes to all processes of a terminal, a batch system's signal to the first.
+            send: Callable[[int, int], None] = os.killpg if number == signal.SIGINT else os.kill
+            send(program.pid, number)
+            out, errors = program.communicate(timeout=60)
+        finally:
+            program.kill()
+    assert program.returncode == 6, errors
     cases = json.loads(out)["cases"]
     num_planned = sum("plan" in case for case in cases)
     assert 0 < num_planned < 300

@@ -13,12 +13,14 @@ from planner.cost import measured_costs
 from planner.evaluate import Costs, basis_of
 from planner.frontier import Tally, frontier
 from planner.layout import Layout
+from planner.lower import median_step, predict_step
 from planner.plan import Certificate
 from planner.reference.costs import reference_costs
 from planner.schedules import SCHEDULES
-from planner.search import Effort, SearchResult, search
+from planner.search import Effort, SearchResult, make_plan, search
 from planner.space import Space
 from profiles.cluster import UplinkSpec
+from profiles.files import canonical_json
 from profiles.goal import FASTEST, Goal
 from profiles.job import Job, SearchLimits
 from profiles.model import ModelSpec
@@ -163,6 +165,8 @@ JOBS: Mapping[str, Job] = {
     "measured, tight": here(memory_mib=1.6),
     "measured, eight ranks": here(replace(TINY, num_layers=9), ranks=8, micro_batch=(1,)),
     "measured, memory": here(memory_mib=2, goal=LIGHT),
+    "steps alike": here(pp=(4,), schedule=("gpipe", "1f1b"), micro_batch=(1,)),
+    "memory alike": elsewhere(node=4, pp=(2,), dp=(4,), **WIDE, goal=LIGHT),
 }
 LARGE: Mapping[str, Job] = {
     "eight GPUs, every option": elsewhere(**EVERY, batch=4),
@@ -304,5 +308,76 @@ def test_the_jobs_differ_where_it_matters() -> None:
     assert sum(any(layout.recompute_layers) for layout in fitting) >= 50
     assert {layout.sharding for layout in best} >= {"none", "zero1", "zero3"}
     assert min(len(each.fitting) for each in every) == 1
-    assert any(each.objectives.count(each.objectives[each.best]) > 1 for each in every)
+    alike = [each.objectives.count(each.objectives[each.best]) > 1 for each in every]
+    assert alike[-2:] == [True, True]
     assert {layout.order for layout in best} == set(BOTH_ORDERS)
+
+
+# Anytime: what is found when the search is stopped.
+
+STOPPED = JOBS["tied embeddings, tight"], JOBS["experts on two nodes"], JOBS["a front"]
+
+
+@pytest.mark.parametrize("job", STOPPED)
+def test_no_time_at_all_gives_a_plan_with_its_gap(job: Job) -> None:
+    costs, whole = costs_of(job), found(job)
+    result = search(job, costs, Effort(budget_s=1e-9))
+    certificate = result.certificate
+    assert not result.is_interrupted
+    assert certificate.num_open > 0
+    assert 0 < certificate.num_timed <= 12
+    assert certificate.num_layouts == whole.certificate.num_layouts
+    assert certificate.lower_bound <= whole.certificate.value <= certificate.value
+    part = 1 - certificate.lower_bound / certificate.value
+    assert certificate.gap == pytest.approx(part, abs=1e-12)
+    plan = make_plan(job, costs, result, 0, "0")
+    assert predict_step(plan.parsed_schedule(), plan.costs) == plan.step == result.ranking[0].step
+
+
+@pytest.mark.parametrize("job", STOPPED)
+@pytest.mark.parametrize("num_steps", [1, 2, 5])
+def test_stopped_by_hand_it_tells_what_it_found(
+    job: Job, num_steps: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    steps = iter(range(num_steps))
+
+    def interrupted(*args: Any) -> int:
+        if next(steps, None) is None:
+            raise KeyboardInterrupt
+        return median_step(*args)
+
+    whole = found(job)
+    monkeypatch.setattr("planner.trial.median_step", interrupted)
+    result = search(job, costs_of(job))
+    assert result.is_interrupted
+    assert len(result.ranking) == result.certificate.num_timed == num_steps
+    assert result.certificate.num_open > 0
+    assert result.certificate.num_layouts == whole.certificate.num_layouts
+    assert result.certificate.lower_bound <= whole.certificate.value <= result.certificate.value
+    exact = {each.layout for each in everything_of(job).fitting}
+    assert {each.layout for each in result.ranking} <= exact
+
+
+def everything_of(job: Job) -> Enumeration:
+    (name,) = [name for name, each in JOBS.items() if each is job]
+    return everything(name)
+
+
+def test_stopped_before_anything_was_found_it_stops(monkeypatch: pytest.MonkeyPatch) -> None:
+    def interrupted(*_: Any) -> int:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("planner.trial.median_step", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        found(STOPPED[0])
+
+
+@pytest.mark.parametrize("job", STOPPED)
+def test_the_same_job_gives_the_same_bytes(job: Job) -> None:
+    one, other = (make_plan(job, costs_of(job), found(job), 0, "0") for _ in range(2))
+    assert canonical_json(one) == canonical_json(other)
+
+
+def test_a_front_beyond_the_short_list_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("planner.search.MAX_RANKED", 1)
+    check(JOBS["a front"], everything("a front"))

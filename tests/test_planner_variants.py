@@ -226,6 +226,8 @@ def test_the_best_variant_is_that_of_separate_searches(choices: dict[str, Any]) 
     assert [each.name for each in result.variants if each.is_chosen] == [best]
     told, certificates = result.certificate, [each.certificate for each in alone.values()]
     assert told.num_layouts == sum(each.num_layouts for each in certificates)
+    counts = told.num_bounded + told.num_timed + told.num_open + sum(told.num_rejected.values())
+    assert counts == told.num_layouts
     assert told.value == min(each.value for each in certificates)
     assert told.lower_bound <= told.value
     assert told.gap == pytest.approx((told.value - told.lower_bound) / told.value)

@@ -221,7 +221,9 @@ def test_the_certificate_accounts_for_every_layout() -> None:
     "objectives", [("step_time", "memory_headroom"), ("goodput", "joules_per_token", "step_time")]
 )
 def test_a_front_is_drawn_with_the_places_of_the_ranking(objectives: tuple[str, ...]) -> None:
-    plan = changed(make_plan(goal=Goal(objectives=objectives)), front=(0, 2))
+    plan = make_plan(goal=Goal(objectives=objectives))
+    powered = replace(plan.cluster, operation=Operation(watts_per_gpu=900.0))
+    plan = changed(plan, cluster=powered, front=(0, 2))
     page = render_report([], [plan_view(plan)])
     (figure,) = re.findall(r"<svg[^>]*Layouts by the objectives.*?</svg>", page, flags=re.DOTALL)
     places = re.findall(r">(\d)</text>", figure)
@@ -247,8 +249,8 @@ def test_what_a_plan_rests_on_is_told_with_its_source() -> None:
         "price $2.5 a GPU-hour (source: the job file)",
         "power 1.1 kW a GPU with its share of the node (source: the job file)",
         "power PUE 1.2 (source: the job file)",
-        "failures 5.0 min to restart (source: the job file)",
-        "checkpoints stop the job for 5.0 s each (source: the job file)",
+        "failures 300.0 s to restart (source: the job file)",
+        "checkpoints stop the job for 5.000 s each (source: the job file)",
         "goal best goodput; step time at most 2.000 s",
         "note assumed 0.000474 interruptions per GPU-day: Llama 3 405B",
     ):
