@@ -1,10 +1,14 @@
 """Planning for a cluster that is not at hand: the search over the reference cost model."""
 
 from dataclasses import replace
+from typing import get_args
 
+import numpy as np
 import pytest
 from hypothesis import assume, given, settings
+from hypothesis import strategies as st
 
+from planner.bounds import ROUNDING_NS, pipelines
 from planner.cost import NOTHING
 from planner.evaluate import basis_of
 from planner.lower import predict_step, simulation_of
@@ -20,6 +24,7 @@ from profiles.files import canonical_json
 from profiles.job import Job, SearchLimits
 from profiles.model import ModelSpec
 from profiles.presets import cluster_preset, gpu_preset, model_preset, stack_preset, stack_presets
+from profiles.stack import Sharding
 from profiles.workload import DType, Workload
 from tests.setups import SMALL, scalars, setup_of, setups
 
@@ -115,16 +120,51 @@ def test_messages_go_where_there_is_a_neighbour() -> None:
     assert costs[1] is costs[2]
 
 
-def test_the_balance_is_what_further_layers_and_the_edges_take() -> None:
+def test_parts_are_what_further_layers_and_the_edges_take() -> None:
     # The host takes nothing, so that stages are sums of their parts.
-    setup = setup_of(pp=2, tp=2, stage_layers=(5, 3))
-    layer_ns, first_ns, last_ns = costs_of(setup).balance_ns(setup.layout)
-    works = [
-        cost.forward.p50_ns + cost.backward.p50_ns for cost in costs_of(setup).stages(setup.layout)
-    ]
-    expected = [5 * layer_ns + first_ns, 3 * layer_ns + last_ns]
-    assert works == pytest.approx(expected, rel=1e-3)
-    assert 0 < first_ns < last_ns < layer_ns * SMALL.vocab / SMALL.hidden
+    setup = setup_of(pp=2, tp=2, stage_layers=(5, 3), num_microbatches=1)
+    parts = costs_of(setup).parts(setup.layout)
+    first, last = costs_of(setup).stages(setup.layout)
+    for way in ("forward", "backward", "weight"):
+        layer, begin, end = (getattr(parts, f"{each}_{way}") for each in ("layer", "first", "last"))
+        assert getattr(first, way).p50_ns == pytest.approx(5 * layer + begin, abs=2)
+        assert getattr(last, way).p50_ns == pytest.approx(3 * layer + end, abs=2)
+    assert (first.send_forward.p50_ns, first.other.p50_ns) == (round(parts.send), parts.step)
+    assert (parts.again, parts.again_host, parts.message_host) == (0, 0, 0)
+
+
+@settings(max_examples=40)
+@given(setups(), st.data())
+def test_columns_are_the_medians_of_stages_side_by_side(setup: Setup, data: st.DataObject) -> None:
+    """Of layouts that differ in their sharding, and in how it is grouped."""
+    assume(setup.model.vocab % setup.layout.tp == 0)
+    replicas, ep = setup.layout.replicas, setup.layout.ep
+    groups = [n for n in range(2, replicas) if replicas % n == 0 and n % ep == 0]
+    kinds = st.sampled_from(get_args(Sharding)), st.sampled_from([0, *groups])
+    drawn = data.draw(st.lists(st.tuples(*kinds), min_size=1, max_size=5))
+    layouts = [replace(setup.layout, sharding=kind, shard_group=n) for kind, n in drawn]
+    beside = costs_of(setup).columns(layouts)
+    for row, layout in enumerate(layouts):
+        stages = costs_of(setup).stages(layout)
+        for name, column in beside._asdict().items():
+            medians = [getattr(stage, name).p50_ns for stage in stages]
+            assert column[row].tolist() == pytest.approx(medians, abs=1), name
+
+
+@settings(max_examples=40)
+@given(setups())
+def test_no_stage_takes_less_than_its_parts(setup: Setup) -> None:
+    """However it is sharded, and to the rounding that bounds allow for."""
+    assume(setup.model.vocab % setup.layout.tp == 0)
+    layout, costs = setup.layout, costs_of(setup)
+    parts = np.array([costs.parts(layout)])
+    again = np.array([[layout.recomputed(stage) for stage in range(layout.num_stages)]])
+    least = pipelines(parts, np.array([layout.stage_layers]), again)
+    for stage, cost in enumerate(costs.stages(layout)):
+        assert least.forward[0, stage] <= cost.forward.p50_ns + ROUNDING_NS
+        assert least.backward[0, stage] <= cost.backward.p50_ns + ROUNDING_NS
+        inputs = least.backward[0, stage] - least.weight[0, stage]
+        assert inputs <= cost.backward.p50_ns - cost.weight.p50_ns + ROUNDING_NS
 
 
 def test_a_plan_elsewhere_is_whole_and_always_the_same() -> None:
@@ -147,15 +187,25 @@ def test_a_plan_elsewhere_is_whole_and_always_the_same() -> None:
 
 
 @pytest.mark.parametrize("name", stack_presets())
-def test_layouts_are_as_the_stack_runs_them(name: str) -> None:
+def test_what_nobody_says_is_as_the_stack_does_it(name: str) -> None:
     stack = stack_preset(name)
-    for candidate in found(job(stack=name, micro_batch=(1,), schedule=("1f1b",))).ranking:
-        layout = candidate.layout
-        assert layout.sharding == (stack.sharding if layout.dp > 1 else "none")
+    for dp, tp in ((1, 1), (1, 4), (8, 1), (2, 4)):
+        setup = setup_of(dp=dp, tp=tp, stack=stack)
+        layout = costs_of(setup).completed(setup.layout)
+        assert layout.sharding == (stack.sharding if dp > 1 else "none")
         assert layout.recompute == stack.recompute
-        assert not layout.sequence_parallel or layout.tp > 1
-    megatron = found(job(stack="megatron-2023", tp=(8,), micro_batch=(1,))).ranking
-    assert all(candidate.layout.sequence_parallel for candidate in megatron)
+        assert layout.sequence_parallel == (tp > 1 and stack.shards_sequence)
+
+
+def test_what_the_job_says_is_searched_alone() -> None:
+    asked = job(
+        tp=(8,), micro_batch=(1,), sharding=("zero1",), recompute=("full",),
+        sequence_parallel=(False,), schedule=("1f1b",),
+    )  # fmt: skip
+    for candidate in found(asked).ranking:
+        layout = candidate.layout
+        assert (layout.tp, layout.micro_batch, layout.sharding) == (8, 1, "zero1")
+        assert (layout.recompute, layout.sequence_parallel) == ("full", False)
 
 
 def test_a_model_with_tied_embeddings_and_an_odd_vocabulary_is_split_as_megatron_does() -> None:
