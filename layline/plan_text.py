@@ -11,7 +11,14 @@ from planner.plan import Candidate, Certificate, Plan
 from planner.search import Effort
 from planner.variants import variant_text
 from profiles.goal import BEST_IS_HIGH
-from reports.certificate import front_text, gain_text, proof_text, rejected, searched_text
+from reports.certificate import (
+    front_text,
+    gain_text,
+    jitter_text,
+    proof_text,
+    rejected,
+    searched_text,
+)
 from reports.words import band, count, duration, origin_text, size
 
 WIDTH = 110
@@ -109,17 +116,22 @@ def _table(plan: Plan, facts: Facts, places: tuple[int, ...]) -> list[str]:
     head = (
         f"{'':7} {'layout':{width}} {'step':>10} {'P10 to P90':>18} {'tokens/s':>11} {'memory':>10}"
     )
-    lines = [head + "".join(f" {COLUMNS[name][0]:>{COLUMNS[name][1]}}" for name in asked)]
+    head += "".join(f" {COLUMNS[name][0]:>{COLUMNS[name][1]}}" for name in asked)
+    has_jitter = sum(plan.ranking[place].jittered_ns > 0 for place in places) > 1
+    lines = [head + (f" {'jittered':>10}" if has_jitter else "")]
     for place in places:
         candidate = plan.ranking[place]
         lines.append(
             f"{marks(place)} {candidate.layout!s:{width}} {_figures(facts, candidate)}"
             + "".join(f" {_cell(name, facts, candidate)}" for name in asked)
+            + (f" {_jittered(candidate):>10}" if has_jitter else "")
             + (" extrapolated" if candidate.step.is_extrapolated else "")
         )
     hidden = len(plan.ranking) - len(places)
     if hidden > 0:
         lines.append(f"{'':7} and {count(hidden)} more, in the plan file")
+    if has_jitter:
+        lines += _wrapped(f"{'':7} ", f"jittered: {jitter_text()}")
     if len(plan.goal.objectives) > 1:
         on_front = f"* on the front: {front_text(plan.goal.objectives)}"
         lines += _wrapped(f"{'':7} ", f"{on_front}; it has {count(len(plan.front))}")
@@ -143,6 +155,10 @@ def _figures(facts: Facts, candidate: Candidate) -> str:
         f"{duration(step.p50_ns):>10} {band(step.p10_ns, step.p90_ns):>18} {rate:>11,.0f} "
         f"{size(candidate.peak_bytes):>10}"
     )
+
+
+def _jittered(candidate: Candidate) -> str:
+    return duration(candidate.jittered_ns) if candidate.jittered_ns else "-"
 
 
 def _cell(name: str, facts: Facts, candidate: Candidate) -> str:

@@ -159,6 +159,8 @@ def search_layouts(
     try:
         found = search_variants(job, grounds.costs_of, effort, progress)
         return replace(grounds, job=found.job, costs=found.costs), found.result
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("no layout was timed yet; there is no plan") from None
     except InfeasibleError as error:
         progress(0.0, "nothing fits; what would")
         try:

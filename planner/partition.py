@@ -52,7 +52,8 @@ def deal(num_layers: int, layer_ns: Floats, extra_ns: Floats, least: int = 1) ->
     level = (num_layers * first + (extra_ns * worth).sum(axis=1, keepdims=True)) / worth.sum(
         axis=1, keepdims=True
     )
-    counts = np.maximum(np.floor((level - extra_ns) / layer), least).astype(np.int64)
+    most = num_layers - least * (places - 1)
+    counts = np.clip(np.floor((level - extra_ns) / layer), least, most).astype(np.int64)
     while (missing := num_layers - counts.sum(axis=1)).any():
         cost = counts * layer + extra_ns
         gains, loses = missing > 0, missing < 0

@@ -128,13 +128,15 @@ def _in_turn(queue: Sequence[_Queued], job: Job) -> list[_Queued]:
     bytes_per_s = link.bytes_per_s or math.inf
     size_bytes = job.model.num_parameters * (job.stack.reduction_bytes or 4)
 
-    def guess_ns(queued: _Queued) -> float:
-        degrees = queued.bounded.start.degrees
-        is_alone = degrees.dp * degrees.cp == 1
-        share = 0 if is_alone else 2 * size_bytes / (degrees.tp * degrees.pp)
-        return queued.bounded.bound_ns + 1e9 * share / bytes_per_s
+    def guess(place: int) -> tuple[int, int]:
+        """Return the guess in whole percent, and among equals how much is cut."""
+        bounded = queue[place].bounded
+        dp, tp, pp, cp, ep = bounded.start.degrees
+        share = 0 if dp * cp == 1 else 2 * size_bytes / (tp * pp)
+        guess_ns = max(1.0, bounded.bound_ns + 1e9 * share / bytes_per_s)
+        return round(100 * math.log(guess_ns)), tp * pp * cp * ep
 
-    places = sorted(range(len(queue)), key=lambda place: guess_ns(queue[place]))[:PROMISING]
+    places = sorted(range(len(queue)), key=guess)[:PROMISING]
     promising = frozenset(places)
     return [
         *(queue[place] for place in places),
@@ -151,7 +153,7 @@ def _tried(
     lowest = min((each.least for each in queue), default=0.0)
     for place, (least, bounded) in enumerate(queue):
         is_near = is_one and least >= judge.best * (1 - effort.gap)
-        if is_near and place >= MANY:
+        if is_near and place >= max(MANY, PROMISING):
             return queue[place:], False
         if judge.found and time.monotonic() - started > (effort.budget_s or math.inf):
             return queue[place:], False
@@ -169,7 +171,7 @@ def _tried(
         progress(*_progress(judge.best, known, place / len(queue), tally.num_timed))
         num_before = tally.num_layouts
         try:
-            _try_start(bounded, trials, judge, effort.gap if place >= MANY else 0.0)
+            _try_start(bounded, trials, judge, effort.gap if len(queue) > MANY else 0.0)
         except KeyboardInterrupt:
             if not judge.found:
                 raise
@@ -215,18 +217,20 @@ def _result(
         refined = refine(basis, named, asked, job.seed)
     for rejection in refined.rejections:
         tally.reject(rejection)
-    made = [
-        Timed(each.layout, each.step.p50_ns, each.peak_bytes)
-        for each in refined.candidates
-        if each.peak_bytes <= basis.limit_bytes
-    ]
+    made = []
+    for each in refined.candidates:
+        if each.peak_bytes > basis.limit_bytes:
+            trials.refuse(each.layout, each.step.p50_ns, each.peak_bytes)
+        else:
+            made.append(Timed(each.layout, each.step.p50_ns, each.peak_bytes))
     tally.num_timed += len(made)
     ranked = sorted(
         [*(timed for timed in found if timed.layout.schedule in asked), *made],
         key=lambda timed: _rank(judge, timed),
     )
     if not ranked:
-        raise _infeasible(job, tally, trials.short)
+        short = [timed for timed in trials.short if timed.layout.schedule in asked]
+        raise _infeasible(job, tally, short)
     banded = [_banded(basis, timed, refined.orders) for timed in _short_list(judge, ranked)]
     ranking = with_jitter(basis, banded, refined.orders, job.seed)
     return SearchResult(

@@ -307,8 +307,8 @@ class Space:
         self, counts: tuple[int, ...], degrees: Degrees
     ) -> tuple[list[Pipeline], list[tuple[Rejection, int]]]:
         """Return the one order of one stage on one rank: all are alike, and 1F1B holds least."""
-        names = self.named
-        taken = [name for name in names if SCHEDULES[name].takes(1)]
+        names = self.schedules
+        taken = [name for name in names if name in SCHEDULES and SCHEDULES[name].takes(1)]
         if taken and 1 in counts:
             return [Pipeline(1, "loop", ("1f1b" if "1f1b" in taken else taken[0],))], []
         what, allowed = ("stages_per_rank", counts) if taken else ("schedule", names)

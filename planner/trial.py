@@ -1,6 +1,6 @@
 """Trials: the layouts of one start, timed by their full schedules unless a bound rules them out."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
 from typing import NamedTuple
 
@@ -52,9 +52,13 @@ class Trials:
         cases, kinds = _Cases(self.space, self.basis, bounded), self.space.recomputations
         num_orders = len(bounded.start.pipeline.schedules) * len(kinds)
         rows = cases.holding(kinds[-1])
-        self.tally.reject_more("memory", num_orders * (len(cases.layouts) - len(rows)))
         columns = cases.columns_of(rows)
-        for name in bounded.start.pipeline.schedules:
+        if not len(rows):
+            self._refuse_start(cases, bounded.start.pipeline.schedules, columns)
+            return
+        self.tally.reject_more("memory", num_orders * (len(cases.layouts) - len(rows)))
+        # The last in the table idle least: what they reach rules most of the others out.
+        for name in reversed(bounded.start.pipeline.schedules):
             least = cases.bounds_ns(columns, splits=SCHEDULES[name].splits)
             left = np.array([row for row in rows if not is_hopeless(float(least[row]), 0)], int)
             self.tally.num_bounded += (len(rows) - len(left)) * len(kinds)
@@ -82,6 +86,13 @@ class Trials:
             )
             yield from self._timed(layout, columns.row(row), sample, bound_ns)
 
+    def _refuse_start(self, cases: "_Cases", schedules: Sequence[str], columns: Columns) -> None:
+        """Count a start of which nothing fits; what needs least by each schedule is remembered."""
+        kinds, rows = self.space.recomputations, np.arange(len(cases.layouts))
+        self.tally.reject_more("memory", len(rows) * len(schedules) * (len(kinds) - 1))
+        for name in schedules:
+            self._refuse_all(cases, cases.tried(name, kinds[-1], rows, columns))
+
     def _refuse_all(self, cases: "_Cases", tried: "_Tried") -> None:
         """Count what does not fit; the one that needs least is remembered."""
         short = np.flatnonzero(~tried.fits)
@@ -89,7 +100,7 @@ class Trials:
             self.tally.reject_more("memory", len(short) - 1)
             least = int(short[np.argmin(tried.needs[short])])
             layout = cases.layout(int(tried.rows[least]), tried.schedule, tried.kind)
-            self._refuse(layout, float(tried.bounds[least]), int(tried.needs[least]))
+            self.refuse(layout, float(tried.bounds[least]), int(tried.needs[least]))
 
     def _timed(
         self, layout: Layout, columns: Columns, sample: Schedule, bound_ns: float
@@ -98,7 +109,7 @@ class Trials:
         while (peak_bytes := self._peak(layout, sample)) > self.basis.limit_bytes:
             more = tuple(map(min, (n + 1 for n in layout.recompute_layers), layout.stage_layers))
             if more == layout.recompute_layers:
-                self._refuse(layout, bound_ns, peak_bytes)
+                self.refuse(layout, bound_ns, peak_bytes)
                 return
             layout = replace(layout, recompute_layers=more)
         if layout.recompute != "none":
@@ -108,7 +119,7 @@ class Trials:
     def _peak(self, layout: Layout, sample: Schedule) -> int:
         return self.basis.peak_bytes(self.basis.memory(layout, sample))
 
-    def _refuse(self, layout: Layout, bound_ns: float, need_bytes: int) -> None:
+    def refuse(self, layout: Layout, bound_ns: float, need_bytes: int) -> None:
         """Count a layout that does not fit."""
         need, have = (format_quantity(n, "bytes") for n in (need_bytes, self.basis.limit_bytes))
         reason = f"needs {need} a rank, has {have}"

@@ -2,6 +2,7 @@
 
 import math
 
+from planner.finalists import SPREAD
 from planner.plan import Certificate
 from reports.words import count
 
@@ -92,6 +93,16 @@ def stages(certificate: Certificate) -> tuple[tuple[str, str, str], ...]:
         for name, number in found
         if number
     )
+
+
+def jitter_text() -> str:
+    """Return what a jittered step is.
+
+    >>> jitter_text()
+    'until the slowest replica is done, where every kernel and message varies by 2 %'
+    """
+    varies = f"every kernel and message varies by {100 * SPREAD:g} %"
+    return f"until the slowest replica is done, where {varies}"
 
 
 def front_text(objectives: tuple[str, ...]) -> str:

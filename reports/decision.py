@@ -9,7 +9,14 @@ from planner.plan import Candidate, Plan, Rejection
 from planner.pools import limits_bytes
 from planner.waterfall import utilization
 from profiles.quantity import format_quantity
-from reports.certificate import OBJECTIVE_WORDS, front_text, proof_text, rejected, stages
+from reports.certificate import (
+    OBJECTIVE_WORDS,
+    front_text,
+    jitter_text,
+    proof_text,
+    rejected,
+    stages,
+)
 from reports.document import Block, Drawing, Section, Table, Text
 from reports.figures import IntervalRow, intervals
 from reports.front_figure import Point, front_figure
@@ -212,6 +219,7 @@ def _ranked(
         if place < _MAX_RANKED or candidate.layout in front
     ][:_MAX_SHOWN]
     objective, best = study.objective, ranking[0]
+    has_jitter = sum(each.jittered_ns > 0 for _, each in shown) > 1
     asked = [name for name in plan.goal.asks_for if name not in _IN_EVERY_TABLE]
     least = cost(objective, facts, best.step.p50_ns, best.peak_bytes)
     rows = tuple(
@@ -225,18 +233,22 @@ def _ranked(
             else "-",
             size(each.peak_bytes),
             *(told(name, figure(name, facts, each.step.p50_ns, each.peak_bytes)) for name in asked),
+            *([duration(each.jittered_ns) if each.jittered_ns else "-"] if has_jitter else []),
             *([", ".join(map(duration, measured[each.layout])) or "-"] if study.runs else []),
         )
         for place, each in shown
     )
     head = (
         "", "layout", "step", "P10 to P90", "over best", "peak memory",
-        *(OBJECTIVE_WORDS[name] for name in asked), *(["measured"] if study.runs else []),
+        *(OBJECTIVE_WORDS[name] for name in asked), *(["jittered"] if has_jitter else []),
+        *(["measured"] if study.runs else []),
     )  # fmt: skip
     marked = tuple(i for i, (_, each) in enumerate(shown) if each.layout == plan.layout)
     notes = []
     if len(shown) < len(ranking):
         notes.append(f"{count(len(shown))} of the best {count(len(ranking))} are shown.")
+    if has_jitter:
+        notes.append(f"Jittered: {jitter_text()}.")
     if front:
         notes.append("* on the front.")
     if any(each.step.is_extrapolated for _, each in shown):

@@ -127,11 +127,13 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
 
 
 @pytest.mark.dist
+@pytest.mark.timed
 def test_ranks_listen_on_loopback_only(runs: Runs) -> None:
     assert runs.addresses and runs.addresses <= {"127.0.0.1", "::1"}
 
 
 @pytest.mark.dist
+@pytest.mark.timed
 @pytest.mark.parametrize("index", range(len(PLANS)))
 def test_a_record_is_whole(runs: Runs, index: int) -> None:
     record, plan = runs.records[index], PLANS[index]
@@ -146,6 +148,7 @@ def test_a_record_is_whole(runs: Runs, index: int) -> None:
 
 
 @pytest.mark.dist
+@pytest.mark.timed
 @pytest.mark.parametrize("index", range(len(PLANS)))
 def test_a_timeline_holds_the_actions_of_the_schedule(runs: Runs, index: int) -> None:
     record, plan = runs.records[index], PLANS[index]
@@ -161,6 +164,7 @@ def test_a_timeline_holds_the_actions_of_the_schedule(runs: Runs, index: int) ->
 
 
 @pytest.mark.dist
+@pytest.mark.timed
 @pytest.mark.parametrize("index", range(len(PLANS)))
 def test_a_run_can_be_laid_over_its_prediction(runs: Runs, index: int) -> None:
     record, plan = runs.records[index], PLANS[index]

@@ -77,6 +77,19 @@ def test_a_long_front_is_thinned_from_end_to_end() -> None:
     assert shown_places(changed(plan, ranking=(), chosen=0), 3) == ()
 
 
+def test_finalists_have_a_jittered_step() -> None:
+    plan = make_plan()
+    first, second, *others = plan.ranking
+    shaken = (
+        replace(first, jittered_ns=300_000_000), replace(second, jittered_ns=310_000_000), *others,
+    )  # fmt: skip
+    told = plan_text(changed(plan, ranking=shaken), 3)
+    assert "jittered: until the slowest replica is done, where every kernel" in told
+    rows = [line.split()[-2:] for line in told.splitlines() if ",mb=" in line][:3]
+    assert rows[0] == ["300.0", "ms"] and rows[2][-1] == "-"
+    assert "jittered" not in plan_text(plan, 3)
+
+
 def test_objectives_have_columns_and_a_front_has_marks(call: Call) -> None:
     result = call("--set", 'goal.optimize=["step_time","memory_headroom"]', "--top", "4",
                   "-o", "plan.json")  # fmt: skip

@@ -1,13 +1,12 @@
 """Bounds of a step, against the walk of every named schedule with any times."""
 
-from dataclasses import replace
-
 import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from planner.bounds import Columns, Pipelines, elapsed, ranks_ns
+from planner.lower import AFTER
 from planner.partition import homes_of
 from planner.schedules import SCHEDULES, Family
 from simulator.engine import step_ns
@@ -44,7 +43,7 @@ def walked(schedule: Schedule, times: Columns) -> int:
     is_first = np.zeros(schedule.num_stages, bool)
     is_first[np.unique(schedule.homes, return_index=True)[1]] = True
     other = np.where(is_first, ns.pop("other"), 0)
-    after = {name: ns.pop(name) for name in ("all_reduce", "optimizer", "wait")}
+    after = {kind: ns.pop(kind) for kind in AFTER}
     return int(
         step_ns(
             schedule, step_times(schedule.num_stages, before={"other": other}, after=after, **ns)
@@ -80,9 +79,8 @@ def test_no_rank_is_done_before_its_bound(
     message = data.draw(Ns)
     crossing = np.full_like(nothing, message)
     bare = bare._replace(send_forward=crossing, send_backward=crossing)
-    stages = Pipelines(
-        *(column.astype(np.float64) for column in bare[:3]), np.array([message], np.float64)
-    )
+    forward, backward, weight = (column.astype(np.float64) for column in bare[:3])
+    stages = Pipelines(forward, backward, weight, np.array([message], np.float64))
     m = np.array([schedule.num_microbatches])
     ends = ranks_ns(schedule.homes.astype(np.int64), stages, m, splits=family.splits)
     for rank in range(schedule.num_ranks):

@@ -1,5 +1,6 @@
 """Orders of their own in the search, and long orders told from short ones."""
 
+from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from layline.step import predicted_step, step_text, step_trace
-from planner.space import SYNTHESISED
+from planner import orders as named_orders
 from planner.cost import measured_costs
 from planner.lower import memory_of, predict_order, predict_steps, simulation_of
 from planner.memory import peak_activations
@@ -19,6 +20,7 @@ from planner.refine import NUM_BEGUN
 from planner.schedules import SCHEDULES
 from planner.search import InfeasibleError, SearchResult, make_plan
 from planner.search import search as search_costs
+from planner.space import SYNTHESISED
 from planner.synthesis import ActivationCap, pipeline_of
 from planner.synthesis_search import rules
 from profiles.files import canonical_json
@@ -31,6 +33,7 @@ from tests.machine import TINY, made_up_job, made_up_profile
 MEASURED = made_up_profile(num_ranks=4)
 PROFILE = replace(MEASURED, device=replace(MEASURED.device, kind="cuda"))
 PERIODIC = sorted(name for name, family in SCHEDULES.items() if family.period(4))
+WON_BY_ITS_OWN = SearchLimits(dp=(2,), pp=(2,))
 ONE_STAGE = SearchLimits(pp=(4,), stages_per_rank=(1,), micro_batch=(1,))
 
 
@@ -70,7 +73,7 @@ def without_schedule(candidate: Candidate) -> tuple[int, ...]:
 
 
 def test_uneven_stages_are_won_by_an_order_of_their_own(tmp_path: Path) -> None:
-    job = uneven(SearchLimits(dp=(2,), pp=(2,)))
+    job = uneven(WON_BY_ITS_OWN, global_batch=12)
     result = search(job)
     best, second = result.ranking[:2]
     assert best.layout.schedule == SYNTHESISED
@@ -86,23 +89,24 @@ def test_uneven_stages_are_won_by_an_order_of_their_own(tmp_path: Path) -> None:
     assert peaks == [rank.total for rank in plan.memory]
     assert max(peaks) == best.peak_bytes
     step = predicted_step(plan)
-    assert f"v=2,{SYNTHESISED},mb=1x4" in step_text(step)
+    assert f"v=2,{SYNTHESISED},mb=2x3" in step_text(step)
     assert step_trace(step)
 
 
 def test_the_same_job_gives_the_same_bytes() -> None:
-    job = uneven(SearchLimits(pp=(2, 4)))
+    job = uneven(WON_BY_ITS_OWN, global_batch=12)
     one, other = (planned(job, search(job)) for _ in range(2))
     assert one.layout.schedule == SYNTHESISED
     assert canonical_json(one) == canonical_json(other)
 
 
 def test_an_order_of_its_own_is_ranked_only_where_it_is_faster() -> None:
-    everything = search(uneven(SearchLimits()))
-    named_alone = search(uneven(SearchLimits(schedule=tuple(SCHEDULES))))
-    assert everything.ranking != named_alone.ranking
-    assert [c for c in everything.ranking if c not in synthesised(everything)] == [
-        *named_alone.ranking
+    everything = search(uneven(WON_BY_ITS_OWN, global_batch=12))
+    limits = replace(WON_BY_ITS_OWN, schedule=tuple(SCHEDULES))
+    named_alone = search(uneven(limits, global_batch=12))
+    assert synthesised(everything)
+    assert [c.layout for c in everything.ranking if c not in synthesised(everything)] == [
+        c.layout for c in named_alone.ranking
     ]
     for made in synthesised(everything):
         same = [c for c in named_alone.ranking if without_schedule(c) == without_schedule(made)]
@@ -206,10 +210,22 @@ def _cost(random: np.random.Generator) -> StageCost:
     )  # fmt: skip
 
 
+@pytest.fixture(autouse=True)
+def _no_samples_are_left() -> Iterator[None]:
+    yield
+    named_orders._sampled.cache_clear()
+
+
+def fold_from(num_warmups: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Fold orders of so many warm-ups; samples that were made before are of no use then."""
+    monkeypatch.setattr("planner.orders.LONG", num_warmups)
+    named_orders._sampled.cache_clear()
+
+
 def test_folding_changes_no_ranking(monkeypatch: pytest.MonkeyPatch) -> None:
     job = uneven(SearchLimits(schedule=tuple(SCHEDULES)), global_batch=96)
     walked = search(job)
-    monkeypatch.setattr("planner.orders.LONG", 1)
+    fold_from(1, monkeypatch)
     is_folded = [order_of(c.layout).is_long for c in walked.ranking]
     assert any(is_folded)
     assert not all(is_folded)
@@ -227,6 +243,6 @@ def test_very_many_micro_batches_build_nothing_long(monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(NamedOrder, "build", spy)
     folded = search(job)
     assert 0 < max(built) < 200
-    monkeypatch.setattr("planner.orders.LONG", 10**6)
+    fold_from(10**6, monkeypatch)
     assert search(job) == folded
     assert max(built) == 100_000

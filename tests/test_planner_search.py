@@ -8,7 +8,6 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from planner.space import SYNTHESISED
 from planner.cost import cost_model, measured_costs
 from planner.kernels import StageShape, layer_backward, layer_forward, stage_parameters
 from planner.layout import LOCAL_SCHEDULES, Layout
@@ -23,12 +22,12 @@ from planner.lower import (
 )
 from planner.memory import layer_activation_bytes, peak_activations, peak_memory
 from planner.orders import MAX_CELLS
-from planner.partition import dealt_stages, homes_of
 from planner.plan import Plan, StageCost, load_plan, save_plan
 from planner.schedules import SCHEDULES
 from planner.schedules.flush import one_f_one_b
 from planner.search import InfeasibleError, SearchResult, best_of_each_kind, make_plan
 from planner.search import search as search_costs
+from planner.space import SYNTHESISED, Degrees, Space
 from profiles.errors import UnsupportedError
 from profiles.job import Job, SearchLimits
 from profiles.job_schema import ScheduleName
@@ -51,28 +50,6 @@ def search(job: Job, profile: Profile = PROFILE) -> SearchResult:
 
 def planned(job: Job, profile: Profile, result: SearchResult, place: int = 0) -> Plan:
     return make_plan(job, measured_costs(job, profile, "profile.json"), result, place, "0.0.0")
-
-
-def brute_force(num_layers: int, costs: tuple[int, ...], layer_ns: int) -> int:
-    """Return the least possible bottleneck, by trying every split."""
-    if len(costs) == 1:
-        return costs[0] + num_layers * layer_ns
-    return min(
-        max(costs[0] + n * layer_ns, brute_force(num_layers - n, costs[1:], layer_ns))
-        for n in range(1, num_layers - len(costs) + 2)
-    )
-
-
-@given(st.integers(1, 4), st.integers(0, 6), st.integers(1, 9), st.integers(0, 40),
-       st.integers(0, 40))  # fmt: skip
-def test_partition_is_the_best_of_all(p: int, more: int, layer: int, first: int, last: int) -> None:
-    layers = balanced_stages(p + more, p, layer, first, last)
-    extra = [0] * p
-    extra[0] += first
-    extra[-1] += last
-    assert sum(layers) == p + more
-    bottleneck = max(n * layer + e for n, e in zip(layers, extra, strict=True))
-    assert bottleneck == brute_force(p + more, tuple(extra), layer)
 
 
 def test_layer_kernels_count_the_flops_of_the_model() -> None:
@@ -179,7 +156,9 @@ def test_here_only_what_can_be_run_is_searched_elsewhere_all() -> None:
     here = search(job())
     assert {c.layout.schedule for c in here.ranking} == set(LOCAL_SCHEDULES)
     there = search(elsewhere(), CUDA_PROFILE)
-    assert {c.layout.schedule for c in there.ranking} == {*SCHEDULES, SYNTHESISED}
+    assert {c.layout.schedule for c in there.ranking} - {*LOCAL_SCHEDULES}
+    costs = measured_costs(elsewhere(), CUDA_PROFILE)
+    assert Space(elsewhere(), costs).schedules == (*SCHEDULES, SYNTHESISED)
     seen = [str(c.layout) for c in there.ranking] + [r.layout for r in there.rejections]
     assert len(seen) == len(set(seen))
     assert "dp=1,tp=1,pp=4,v=2" in {r.layout for r in there.rejections}
@@ -195,8 +174,14 @@ def test_limits_on_stages_name_themselves() -> None:
     assert reasons["dp=2,tp=1,pp=2,v=3"] == (
         "pp is 2 with 3 stages a rank, but the model has 4 layers; a stage needs one"
     )
-    with pytest.raises(InfeasibleError, match="no schedule among 1f1b, gpipe has 2 stages a rank"):
+    with pytest.raises(InfeasibleError, match="search limits, such as dp=4,tp=1,pp=1: pp is 1; "):
         search(job(search=replace(ONE_STAGE_A_RANK, pp=(2,), stages_per_rank=(2,))))
+    asked = job(search=replace(ONE_STAGE_A_RANK, stages_per_rank=(2,)))
+    space = Space(asked, measured_costs(asked, PROFILE))
+    none, [(refused, num_layouts)] = space.pipelines(Degrees(1, 1, 4))
+    assert not none
+    assert refused.reason == "no schedule among 1f1b, gpipe has 2 stages a rank"
+    assert num_layouts == 4  # micro-batches
     alone = search(elsewhere(schedule=("interleaved",)), CUDA_PROFILE)
     assert all(c.layout.pp > 1 for c in alone.ranking)
     assert "search.schedule allows interleaved only" in alone.rejections[0].reason
@@ -243,7 +228,8 @@ def test_limits_hold_and_reasons_name_them() -> None:
     assert any("search.tp allows 1" in r.reason for r in result.rejections)
 
 
-def test_kinds_are_told_apart() -> None:
+def test_kinds_are_told_apart(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("planner.search.FEW", 100)
     result = search(job(search=ONE_STAGE_A_RANK))
     places = best_of_each_kind(result)
     kinds = [(result.ranking[p].layout.pp, result.ranking[p].layout.schedule) for p in places]

@@ -1,6 +1,7 @@
 """Recomputation by need: as few layers as do, against counting up; and what ranks have left."""
 
 from dataclasses import replace
+from typing import get_args
 
 import numpy as np
 from hypothesis import assume, given, settings
@@ -11,6 +12,7 @@ from planner.memory import Held, RankMemory, peak_memory, stage_activation_bytes
 from planner.schedules import SCHEDULES
 from planner.setup import Setup
 from planner.squeeze import Rooms, needs_of
+from profiles.stack import Recompute, Sharding
 from simulator.schedule import Schedule
 from tests.setups import setups
 
@@ -57,10 +59,10 @@ def fewest_by_counting(
 @settings(max_examples=40)
 @given(setups(), st.sampled_from(("selective", "full")), st.floats(-0.2, 1.2), st.integers(-1, 1))
 def test_as_few_layers_are_recomputed_as_do(
-    setup: Setup, kind: str, share: float, off: int
+    setup: Setup, kind: Recompute, share: float, off: int
 ) -> None:
     """Between what a layout holds as it is and with all recomputed, and a byte beside."""
-    layout = replace(setup.layout, recompute=kind)  # type: ignore[arg-type]
+    layout = replace(setup.layout, recompute=kind)
     assume(min(layout.stage_layers) > 0)
     schedule = SCHEDULES[layout.schedule].build(
         layout.pp, layout.num_microbatches, layout.stages_per_rank
@@ -102,8 +104,7 @@ def test_ranks_with_memories_of_their_own_are_as_each_alone(
     layout = setup.layout
     homes = np.tile(np.arange(layout.pp), layout.stages_per_rank)
     ranks = RankMemory(setup.model, setup.workload, layout, homes.tolist(), setup.stack)
-    shardings = ("none", "zero1", "zero2", "zero3")
-    held = [ranks.held(replace(layout, sharding=each), 10**9) for each in shardings]
+    held = [ranks.held(replace(layout, sharding=each), 10**9) for each in get_args(Sharding)]
     own = np.array(limits[: layout.pp])
     rooms = Rooms.of(held, ranks.alike, own, host=1 << 60)
     for row, kinds in enumerate(held):

@@ -72,7 +72,7 @@ class PaperCosts:
         """Nothing."""
         return 0
 
-    def parts(self, layout: Layout) -> Parts:
+    def parts(self, layout: Layout, _rank: int = 0) -> Parts:
         """All layers alike, and nothing at the ends."""
         ns = {"layer_forward": LAYER_NS / layout.tp, "layer_backward": 2 * LAYER_NS / layout.tp}
         return Parts(**{name: ns.get(name, 0.0) for name in Parts._fields})
@@ -81,7 +81,7 @@ class PaperCosts:
         """Nobody asks: layouts of this world are timed by their stages."""
         raise NotImplementedError(f"columns of {len(layouts)} layouts")
 
-    def stages(self, layout: Layout) -> tuple[StageCost, ...]:
+    def stages(self, layout: Layout, _homes: Sequence[int] = ()) -> tuple[StageCost, ...]:
         """Each stage by its layers."""
         return tuple(self._stage(layout, num_layers) for num_layers in layout.stage_layers)
 
