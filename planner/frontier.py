@@ -86,7 +86,14 @@ def frontier(space: Space, basis: Basis, tally: Tally) -> list[Bounded]:
     found: list[Bounded] = []
     for (pp, pipeline), rows in alike.items():
         found += _bounded(basis, pp, pipeline, rows)
-    return sorted(found, key=lambda each: (each.bound_ns, str(each.start), each.start.order))
+    return sorted(found, key=_turn)
+
+
+def _turn(bounded: Bounded) -> tuple[float, int, str, str]:
+    """Return the place of a start: the lowest bound first, and of equals what cuts least."""
+    start = bounded.start
+    _, tp, pp, cp, ep = start.degrees
+    return bounded.bound_ns, tp * pp * cp * ep, str(start), start.order
 
 
 def _possible(space: Space, basis: Basis, tally: Tally) -> Iterator[tuple[Start, int, int]]:

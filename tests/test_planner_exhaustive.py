@@ -246,7 +246,7 @@ def test_the_best_of_many_is_the_best_of_all(name: str) -> None:
     check(LARGE[name], everything(name))
 
 
-@pytest.mark.parametrize("gap", [0.01, 0.2])
+@pytest.mark.parametrize("gap", [0.01, pytest.param(0.2, marks=pytest.mark.slow)])
 def test_with_a_gap_the_best_is_within_it(gap: float, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("planner.search.MANY", 0)
     monkeypatch.setattr("planner.search.FEW", 1)
