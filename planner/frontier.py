@@ -2,7 +2,7 @@
 
 import math
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
@@ -16,13 +16,15 @@ from planner.plan import Rejection
 from planner.space import Pipeline, Space, Start
 from profiles.quantity import format_quantity
 
+FEWEST_STARTS = 1024
+"""Starts that are looked at however little time there is."""
 MAX_EXAMPLES = 50
 """Rejections by one rule that are told in words; all are counted."""
 
 
 @dataclass
 class Tally:
-    """What became of the layouts: rejected by a rule, bounded away, timed or still open.
+    """What became of the layouts: rejected by a rule, bounded away, timed, or not even looked at.
 
     `told` counts the examples of each rule; `too_large` is the start that needs least of those that
     no rank can hold, and what that is.
@@ -33,6 +35,7 @@ class Tally:
     told: Counter[str] = field(default_factory=Counter)
     num_bounded: int = 0
     num_timed: int = 0
+    num_unseen: int = 0
     too_large: tuple[float, str] = (math.inf, "")
 
     @property
@@ -71,14 +74,17 @@ class _Row(NamedTuple):
     num_layouts: int
 
 
-def frontier(space: Space, basis: Basis, tally: Tally) -> list[Bounded]:
+def frontier(
+    space: Space, basis: Basis, tally: Tally, is_late: Callable[[], bool] = lambda: False
+) -> list[Bounded]:
     """Return every start whose ranks can hold it at all, the one with the lowest bound first.
 
-    The stages of all starts of a shape are dealt, timed and bounded side by side.
+    The stages of all starts of a shape are dealt, timed and bounded side by side. Once there are
+    some and `is_late` says so, further degrees are left unseen.
     """
     alike: dict[tuple[int, Pipeline], list[_Row]] = {}
     parts: dict[tuple[object, ...], tuple[Parts, ...]] = {}
-    for start, least_bytes, num_layouts in _possible(space, basis, tally):
+    for start, least_bytes, num_layouts in _possible(space, basis, tally, is_late):
         if start.work not in parts:
             parts[start.work] = basis.parts(start.layout())
         row = _Row(start, parts[start.work], least_bytes, num_layouts)
@@ -96,10 +102,16 @@ def _turn(bounded: Bounded) -> tuple[float, int, str, str]:
     return bounded.bound_ns, tp * pp * cp * ep, str(start), start.order
 
 
-def _possible(space: Space, basis: Basis, tally: Tally) -> Iterator[tuple[Start, int, int]]:
+def _possible(
+    space: Space, basis: Basis, tally: Tally, is_late: Callable[[], bool]
+) -> Iterator[tuple[Start, int, int]]:
     """Yield the legal starts whose ranks can hold them: the least bytes, and how many layouts."""
     known: dict[tuple[object, ...], int] = {}
+    num_found = 0
     for degrees in space.degrees():
+        if num_found >= FEWEST_STARTS and is_late():
+            tally.num_unseen += space.num_layouts(degrees)
+            continue
         if rejection := space.rejection(degrees):
             tally.reject(rejection, space.num_layouts(degrees))
             continue
@@ -123,6 +135,7 @@ def _possible(space: Space, basis: Basis, tally: Tally) -> Iterator[tuple[Start,
                     tally.reject(_too_large(start, need_bytes, basis.limit_bytes), num_layouts)
                     tally.too_large = min(tally.too_large, (need_bytes, str(start)))
                 else:
+                    num_found += 1
                     yield start, need_bytes, num_layouts
 
 

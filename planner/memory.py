@@ -26,7 +26,7 @@ from simulator.schedule import STAGE_MASK, STAGE_SHIFT, Codes, Schedule
 
 __all__ = [
     "Held",
-    "RankMemory",
+    "MemoryModel",
     "alive_by_rank",
     "context_bytes",
     "head_activation_bytes",
@@ -207,7 +207,7 @@ class Held(NamedTuple):
         return in_use - self.static if fits else -1
 
 
-class RankMemory:
+class MemoryModel:
     """What the ranks of layouts hold that differ in their sharding alone.
 
     Ranks with as many layers and the same ends of the model are alike and are counted once; `alike`
@@ -278,7 +278,7 @@ def peak_memory(
 ) -> tuple[PeakMemory, ...]:
     """Return the peak memory of each pipeline rank, over all of its stages."""
     stage_bytes = stage_activation_bytes(model, workload, layout, stack)
-    ranks = RankMemory(model, workload, layout, schedule.homes.tolist(), stack)
+    ranks = MemoryModel(model, workload, layout, schedule.homes.tolist(), stack)
     held = ranks.held(layout, context_bytes)
     return tuple(
         held[kind].peak(activations)

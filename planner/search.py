@@ -37,6 +37,8 @@ MANY = 256
 the end."""
 MAX_RANKED = 100
 """Places of the ranking: the best of what was timed; a front may have more behind them."""
+FOR_BOUNDS = 0.5
+"""The part of a budget of time that bounds may take; meshes that they do not reach stay open."""
 Progress = Callable[[float, str], None]
 """Told of progress: a share of the work from 0 to 1, and what is going on."""
 
@@ -98,8 +100,11 @@ def search(
     basis, tally, judge = basis_of(job, costs), Tally(), Judge(job, at_most)
     space = Space(job, costs)
     trials = Trials(space, basis, tally)
-    progress(0.0, "bounds")
-    queue = _in_turn(_by_cost(frontier(space, basis, tally), judge), job)
+    size = sum(map(space.num_layouts, space.degrees()))
+    progress(0.0, f"bounds of about {size:,} layouts")
+    until = started + FOR_BOUNDS * (effort.budget_s or math.inf)
+    bounded = frontier(space, basis, tally, lambda: time.monotonic() > until)
+    queue = _in_turn(_by_cost(bounded, judge), job)
     left, is_interrupted = _tried(queue, trials, judge, effort, started, progress)
     return _result(job, basis, space, trials, judge, left, is_interrupted=is_interrupted)
 
@@ -151,49 +156,49 @@ def _tried(
     """Try starts in turn; return those that are left, and whether it was stopped by hand."""
     tally, is_one = trials.tally, len(judge.goal.objectives) == 1
     lowest = min((each.least for each in queue), default=0.0)
-    for place, (least, bounded) in enumerate(queue):
-        is_near = is_one and least >= judge.best * (1 - effort.gap)
-        if is_near and place >= max(MANY, PROMISING):
-            return queue[place:], False
-        if judge.found and time.monotonic() - started > (effort.budget_s or math.inf):
-            return queue[place:], False
-        if reason := judge.breaks_limit(bounded.bound_ns, bounded.least_bytes):
-            tally.reject(
-                Rejection(layout=str(bounded.start), rule="limits", reason=reason),
-                bounded.num_layouts,
-            )
-            continue
-        is_worse = judge.is_hopeless(bounded.bound_ns, bounded.least_bytes)
-        if is_worse and tally.num_timed >= FEW:
-            tally.num_bounded += bounded.num_layouts
-            continue
-        known = least if place >= PROMISING else lowest
-        progress(*_progress(judge.best, known, place / len(queue), tally.num_timed))
-        num_before = tally.num_layouts
-        try:
+    place = num_before = 0
+    try:
+        for place, (least, bounded) in enumerate(queue):
+            num_before = tally.num_layouts
+            is_near = is_one and least >= judge.best * (1 - effort.gap)
+            if is_near and place >= max(MANY, PROMISING):
+                return queue[place:], False
+            if judge.found and time.monotonic() - started > (effort.budget_s or math.inf):
+                return queue[place:], False
+            known = least if place >= PROMISING else lowest
+            progress(*_progress(judge.best, known, place / len(queue), tally.num_timed))
             _try_start(bounded, trials, judge, effort.gap if len(queue) > MANY else 0.0)
-        except KeyboardInterrupt:
-            if not judge.found:
-                raise
-            num_open = bounded.num_layouts - (tally.num_layouts - num_before)
-            half = _Queued(least, bounded._replace(num_layouts=num_open))
-            return [half, *queue[place + 1 :]], True
+    except KeyboardInterrupt:
+        if not judge.found:
+            raise
+        least, bounded = queue[place]
+        num_open = bounded.num_layouts - (tally.num_layouts - num_before)
+        half = _Queued(least, bounded._replace(num_layouts=num_open))
+        return [half, *queue[place + 1 :]], True
     return [], False
 
 
 def _try_start(bounded: Bounded, trials: Trials, judge: Judge, gap: float) -> None:
     """Time the layouts of one start; a few are timed whatever they can be worth."""
+    tally = trials.tally
+    if reason := judge.breaks_limit(bounded.bound_ns, bounded.least_bytes):
+        rejection = Rejection(layout=str(bounded.start), rule="limits", reason=reason)
+        tally.reject(rejection, bounded.num_layouts)
+        return
+    if tally.num_timed >= FEW and judge.is_hopeless(bounded.bound_ns, bounded.least_bytes):
+        tally.num_bounded += bounded.num_layouts
+        return
 
     def is_hopeless(step_ns: float, peak_bytes: float) -> bool:
-        if trials.tally.num_timed < FEW:
+        if tally.num_timed < FEW:
             return bool(judge.breaks_limit(step_ns, peak_bytes))
         return judge.is_hopeless(step_ns, peak_bytes, gap)
 
     for timed in trials.of(bounded, is_hopeless):
         if reason := judge.breaks_limit(timed.step_ns, timed.peak_bytes):
-            trials.tally.reject(Rejection(layout=str(timed.layout), rule="limits", reason=reason))
+            tally.reject(Rejection(layout=str(timed.layout), rule="limits", reason=reason))
         else:
-            trials.tally.num_timed += 1
+            tally.num_timed += 1
             judge.add(timed)
 
 
@@ -285,10 +290,17 @@ def _front(judge: Judge, ranking: Sequence[Candidate]) -> tuple[int, ...]:
 
 
 def _certificate(judge: Judge, tally: Tally, best: Timed, left: Sequence[_Queued]) -> Certificate:
-    """Return what is known of all layouts: what is left is no better than the next start."""
+    """Return what is known of all layouts: what is left is no better than the next start.
+
+    Nothing is known of meshes that nobody looked at.
+    """
     value = judge.costs(best.step_ns, best.peak_bytes)[0]
-    lower_bound = min(value, judge.at_most, judge.let_go, *(each.least for each in left))
-    num_open = sum(each.bounded.num_layouts for each in left if each.least < value)
+    unseen = [0.0] if tally.num_unseen else []
+    least = (each.least for each in left)
+    lower_bound = min(value, judge.at_most, judge.let_go, *unseen, *least)
+    num_open = tally.num_unseen + sum(
+        each.bounded.num_layouts for each in left if each.least < value
+    )
     num_bounded = tally.num_bounded + sum(
         each.bounded.num_layouts for each in left if each.least >= value
     )
@@ -298,7 +310,9 @@ def _certificate(judge: Judge, tally: Tally, best: Timed, left: Sequence[_Queued
         value=value,
         lower_bound=lower_bound,
         gap=(value - lower_bound) / value,
-        num_layouts=tally.num_layouts + sum(each.bounded.num_layouts for each in left),
+        num_layouts=tally.num_layouts
+        + tally.num_unseen
+        + sum(each.bounded.num_layouts for each in left),
         num_rejected=rejected,
         num_bounded=num_bounded,
         num_timed=tally.num_timed,
@@ -348,6 +362,11 @@ def best_of_each_kind(result: SearchResult) -> tuple[int, ...]:
 def _infeasible(job: Job, tally: Tally, short: Sequence[Timed]) -> InfeasibleError:
     """Return the error that names what binds and the least that would have to give."""
     num_ranks = job.cluster.num_ranks
+    if tally.num_unseen:
+        return InfeasibleError(
+            f"no layout was found in the time given, and about {tally.num_unseen:,} were not "
+            "looked at; give the search more time"
+        )
     if short:
         least = min(short, key=lambda timed: timed.peak_bytes)
         need = format_quantity(least.peak_bytes, "bytes")

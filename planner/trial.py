@@ -12,7 +12,7 @@ from planner.evaluate import Basis
 from planner.frontier import Bounded, Tally
 from planner.layout import Layout
 from planner.lower import median_step
-from planner.memory import RankMemory, stage_activation_bytes
+from planner.memory import MemoryModel, stage_activation_bytes
 from planner.orders import sample_of
 from planner.partition import homes_of
 from planner.plan import Rejection
@@ -230,7 +230,7 @@ class _Cases:
         if kind not in self._room:
             costs = self.basis.costs
             layout = replace(self._base, recompute=kind)
-            ranks = RankMemory(
+            ranks = MemoryModel(
                 costs.model, costs.workload, layout, self._homes.tolist(), costs.stack
             )
             context = costs.context_bytes(layout)

@@ -112,7 +112,8 @@ def starts(job: Job, costs: Costs) -> Iterator[Layout]:
         ):
             yield Layout(
                 dp=dp, tp=tp, cp=cp, pp=pp, ep=ep, micro_batch=n, num_microbatches=share // n,
-                sequence_parallel=sp, order=order, schedule=name, stages_per_rank=v, stage_layers=(1,) * (pp * v),
+                sequence_parallel=sp, order=order, schedule=name, stages_per_rank=v,
+                stage_layers=(1,) * (pp * v),
             )  # fmt: skip
 
 

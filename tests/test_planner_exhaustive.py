@@ -85,9 +85,9 @@ JOBS: dict[str, Job] = {
     "two GPUs, every option": elsewhere(ranks=2, node=2, batch=4, **EVERY),
     "two nodes of one GPU": elsewhere(ranks=2, node=1, memory_gib=7, batch=4),
     "four GPUs, every schedule": elsewhere(
-        ranks=4, node=4, batch=4, sharding=("none", "zero3"), cp=(1,), **EVERY
+        ranks=4, node=4, batch=4, sharding=("none", "zero3"), **WIDE, **EVERY
     ),
-    "megatron": elsewhere(stack="megatron-2023", micro_batch=(1,), cp=(1, 2)),
+    "megatron": elsewhere(stack="megatron-2023", micro_batch=(1,), cp=(2,)),
     "megatron, tight": elsewhere(
         stack="megatron-2023", memory_gib=5, micro_batch=(2, 4), cp=(1,), seq_len=4096
     ),
@@ -111,7 +111,7 @@ JOBS: dict[str, Job] = {
     "nanotron, tight": elsewhere(stack="nanotron", memory_gib=4, micro_batch=(1, 2), cp=(1,)),
     "experts": elsewhere(MOE, ranks=4, node=4, batch=4, schedule=("zb_v",), sharding=NO_ZERO2),
     "experts on two nodes": elsewhere(MOE, node=4, **WIDE, sharding=("zero1",)),
-    "heads that four does not divide": elsewhere(ODD, micro_batch=(1,), schedule=("1f1b",)),
+    "heads that four does not divide": elsewhere(ODD, **WIDE, schedule=("1f1b",)),
     "odd batch and sequence": elsewhere(ODD, batch=6, seq_len=1022, ranks=4, node=4),
     "twelve GPUs": elsewhere(ODD, ranks=12, node=4, batch=12, **WIDE, sharding=("zero1",)),
     "learned positions and tied embeddings": elsewhere(
@@ -252,7 +252,7 @@ def test_with_a_gap_the_best_is_within_it(gap: float, monkeypatch: pytest.Monkey
     monkeypatch.setattr("planner.search.FEW", 1)
     monkeypatch.setattr("planner.search.PROMISING", 3)
     is_left = False
-    for name, job in JOBS.items():
+    for name, job in list(JOBS.items())[:: 2 if gap == 0.01 else 1]:
         every, certificate = everything(name), found(job, gap).certificate
         best = every.objectives[every.best][0]
         assert certificate.lower_bound <= best <= certificate.value, name

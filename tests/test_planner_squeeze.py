@@ -8,7 +8,7 @@ from hypothesis import assume, given, settings
 from hypothesis import strategies as st
 
 from planner.layout import Layout
-from planner.memory import Held, RankMemory, peak_memory, stage_activation_bytes
+from planner.memory import Held, MemoryModel, peak_memory, stage_activation_bytes
 from planner.schedules import SCHEDULES
 from planner.setup import Setup
 from planner.squeeze import Rooms, needs_of
@@ -76,7 +76,7 @@ def test_as_few_layers_are_recomputed_as_do(
     most, least = worst(replace(layout, recompute="none")), worst(layout)
     limit_bytes = round(least + share * (most - least)) + off
     homes = schedule.homes.tolist()
-    held = RankMemory(*everything, layout, homes, setup.stack)
+    held = MemoryModel(*everything, layout, homes, setup.stack)
     rooms = Rooms.of(
         [held.held(layout, 10**9)], held.alike, np.full(layout.pp, limit_bytes), host=1 << 60
     )
@@ -103,7 +103,7 @@ def test_ranks_with_memories_of_their_own_are_as_each_alone(
 ) -> None:
     layout = setup.layout
     homes = np.tile(np.arange(layout.pp), layout.stages_per_rank)
-    ranks = RankMemory(setup.model, setup.workload, layout, homes.tolist(), setup.stack)
+    ranks = MemoryModel(setup.model, setup.workload, layout, homes.tolist(), setup.stack)
     held = [ranks.held(replace(layout, sharding=each), 10**9) for each in get_args(Sharding)]
     own = np.array(limits[: layout.pp])
     rooms = Rooms.of(held, ranks.alike, own, host=1 << 60)
