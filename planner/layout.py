@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass
+from itertools import permutations
 from typing import NamedTuple
 
 from profiles.stack import Recompute, Sharding
@@ -17,6 +18,10 @@ AXES = ("tp", "cp", "dp", "pp")
 DEFAULT_ORDER = "tp-cp-dp-pp"
 """Axes of the mesh from the innermost on, as ranks are counted: neighbours on the first axis are
 neighbours on the cluster."""
+
+
+_ORDERS = frozenset("-".join(axes) for axes in permutations(AXES))
+_COUNTS = ("dp", "tp", "pp", "micro_batch", "num_microbatches", "stages_per_rank", "cp", "ep")
 
 
 class MeshPlace(NamedTuple):
@@ -69,8 +74,7 @@ class Layout:
     order: str = DEFAULT_ORDER
 
     def __post_init__(self) -> None:
-        for name in ("dp", "tp", "pp", "micro_batch", "num_microbatches", "stages_per_rank",
-                     "cp", "ep"):  # fmt: skip
+        for name in _COUNTS:
             if (value := getattr(self, name)) < 1:
                 raise ValueError(f"layout.{name} is {value}; it must be at least 1")
         if len(self.stage_layers) != self.num_stages or min(self.stage_layers) < 0:
@@ -78,7 +82,7 @@ class Layout:
                 f"layout.stage_layers is {self.stage_layers}; "
                 f"it needs one count for each of {self.num_stages} stages"
             )
-        if sorted(self.order.split("-")) != sorted(AXES):
+        if self.order not in _ORDERS:
             raise ValueError(
                 f'layout.order is "{self.order}"; it must name {", ".join(AXES)} once each, '
                 f"as {DEFAULT_ORDER} does"
