@@ -147,6 +147,9 @@ def _point(job: Job, world: World, chosen: Layout, knob: Knob, factor: float) ->
         value = _told(other, knob)
         best = world.search(other).ranking[0]
         kept, reason = _kept(other, world, chosen)
+        if kept is not None and is_better(other, kept, best):
+            # A search that was cut short need not have come to it.
+            best = kept
     except (InfeasibleError, UnsupportedError) as error:
         reason = str(error).splitlines()[0]
     is_flip = best is not None and (kept is None or is_better(other, best, kept, MARGIN))

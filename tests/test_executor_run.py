@@ -126,12 +126,14 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     return Runs([record for _, record in read], steps, addresses)
 
 
+@pytest.mark.slow
 @pytest.mark.dist
 @pytest.mark.timed
 def test_ranks_listen_on_loopback_only(runs: Runs) -> None:
     assert runs.addresses and runs.addresses <= {"127.0.0.1", "::1"}
 
 
+@pytest.mark.slow
 @pytest.mark.dist
 @pytest.mark.timed
 @pytest.mark.parametrize("index", range(len(PLANS)))
@@ -147,6 +149,7 @@ def test_a_record_is_whole(runs: Runs, index: int) -> None:
     assert record.machine_slowdown > 0
 
 
+@pytest.mark.slow
 @pytest.mark.dist
 @pytest.mark.timed
 @pytest.mark.parametrize("index", range(len(PLANS)))
@@ -163,6 +166,7 @@ def test_a_timeline_holds_the_actions_of_the_schedule(runs: Runs, index: int) ->
     assert record.timeline.makespan_ns < 2 * max(step.step_ns for step in record.steps)
 
 
+@pytest.mark.slow
 @pytest.mark.dist
 @pytest.mark.timed
 @pytest.mark.parametrize("index", range(len(PLANS)))

@@ -170,7 +170,7 @@ def test_limits_of_the_job_that_a_layout_breaks_are_named() -> None:
     assert found.broken == ("search.micro_batch allows 1 only", "search.tp allows 1 only")[::-1]
     assert "It is no candidate: search.tp allows 1 only" in found.conclusion
     slow = named("tp=8", paper_job(goal=Goal(limits={"step_time": 0.06})))
-    assert slow.broken == ("step_time is 0.101 s, goal.limits allows at most 0.060 s",)
+    assert slow.broken == ("step_time is 101.2 ms, goal.limits allows at most 60.0 ms",)
     assert named("tp=1", paper_job(schedule=("gpipe",), shard_group=(4,))).broken == ()
 
 
