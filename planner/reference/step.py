@@ -3,7 +3,7 @@
 import math
 from collections.abc import Callable, Mapping, Sequence
 from functools import lru_cache
-from typing import NamedTuple, final
+from typing import NamedTuple, final, overload
 
 import numpy as np
 import numpy.typing as npt
@@ -195,6 +195,10 @@ class StepModel:
         weight = weight_ns * lanes.factor[MATMUL]
         return StageNs(*np.broadcast_arrays(forward_ns, backward_ns, weight, reduction, optimizer))
 
+    @overload
+    def parameters(self, num_layers: int, is_first: int, is_last: int) -> int: ...
+    @overload
+    def parameters(self, num_layers: Int64, is_first: Int64, is_last: Int64) -> Int64: ...
     def parameters(self, num_layers: Count, is_first: Count, is_last: Count) -> Count:
         """Return the parameters on one rank of a stage, as they are computed with."""
         work, model = self.work, self.model
