@@ -21,8 +21,9 @@ from planner.memory import context_bytes
 from planner.mixed import MixedCosts
 from planner.plan import ProfileReference, StageCost
 from planner.pools import unlike_pools
+from planner.reference.places import Places
 from planner.reference.program import MATMUL, Lanes, lanes_of, stack_lanes
-from planner.reference.step import StageNs, StepModel, Traffic
+from planner.reference.step import StageNs, StepModel, Traffic, message_ns
 from planner.reference.update import known_host
 from planner.reference.work import RankWork
 from planner.setup import Setup, padded
@@ -108,10 +109,10 @@ class ReferenceCosts:
             return found
         mesh = (*work, layout.pp, layout.dp, layout.order)
         if (whole := self._parts.get(mesh)) is None:
-            step, lanes = self._step(layout), self._real
+            places = Places(layout=layout, cluster=self.cluster)
+            send, host = message_ns(self._works[work[:-1]], places, self._real)
             whole = self._parts[mesh] = found._replace(
-                message_host=float(step.messages(lanes, 1).host[0]),
-                send=float(step.send_ns(lanes)[0]),
+                message_host=float(host[0]), send=float(send[0])
             )
         return whole
 

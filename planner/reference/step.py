@@ -9,6 +9,7 @@ import numpy as np
 import numpy.typing as npt
 
 from planner.layout import Layout
+from planner.reference.overlap import left_over, prefetched
 from planner.reference.places import Places
 from planner.reference.program import INTRA, MATMUL, MEMORY, Duration, Floats, Lanes
 from planner.reference.update import Widths, host_of
@@ -146,10 +147,8 @@ class StepModel:
         )
 
     def send_ns(self, lanes: Lanes) -> Floats:
-        """Return the time of a message between stages; each tensor rank sends its share of it."""
-        size_bytes = self.work.m * self.work.h * self.stored / self.layout.tp
-        category, time = self.places.message(size_bytes)
-        return np.asarray(time.ns * lanes.factor[category])
+        """Return the time of a message between stages."""
+        return message_ns(self.work, self.places, lanes)[0]
 
     def stages(self, lanes: Lanes) -> tuple[StageNs, ...]:
         """Return what each stage takes; stages that are alike are timed once."""
@@ -222,9 +221,9 @@ class StepModel:
         return self.work.h * (self.work.fan_in + self.work.f)
 
     def messages(self, lanes: Lanes, count: int) -> Duration:
-        """Return the host's share of `count` messages; inside a node it is a few launches."""
-        host = lanes.message if self.places.message_crosses else np.minimum(lanes.message, 1e5)
-        return Duration(np.zeros(lanes.num_lanes), count * host)
+        """Return the host's share of `count` messages."""
+        host_ns = message_ns(self.work, self.places, lanes)[1]
+        return Duration(np.zeros(lanes.num_lanes), count * host_ns)
 
     def _accumulation(
         self, parameters: int | Int64, num_layers: int | Int64, lanes: Lanes
@@ -375,6 +374,16 @@ _COLLECTIVES: Mapping[str, Callable[[StepModel, Places, float], tuple[int, Estim
 """The data-parallel traffic by name, of so many bytes (of parameters: between)."""
 
 
+def message_ns(work: RankWork, places: Places, lanes: Lanes) -> tuple[Floats, Floats]:
+    """Return what a message between stages takes the link and the host, [L] each.
+
+    Each tensor rank sends its share of it; inside a node it costs the host a few launches.
+    """
+    tier, time = places.message(work.m * work.h * work.element / places.layout.tp)
+    host = lanes.message if places.message_crosses else np.minimum(lanes.message, 1e5)
+    return time.ns * lanes.factor[tier], host
+
+
 def built(layout: Layout) -> Schedule:
     """Return the schedule of `layout`; without a pipeline all are one."""
     name = layout.schedule if layout.num_stages > 1 else "1f1b"
@@ -388,33 +397,3 @@ def _schedule(name: str, pp: int, num_microbatches: int, stages_per_rank: int) -
 
 def _whole(ns: Floats) -> Int64:
     return np.rint(ns).astype(np.int64)
-
-
-def prefetched(unit: Floats, gather: Floats, scatter: Floats, units: Int64) -> Floats:
-    """Return the time of `units` equal computations, each gathered while the one before it runs.
-
-    On a second stream unit u + 1 is gathered when u starts, and u is scattered when it is done and
-    that is gathered. With c, g and s for the three and U units, that is g + c + s for one and
-    g + max(g, c) + (U - 2) max(c, g + s) + max(c, s) + s for more.
-
-    >>> prefetched(np.array([5.0]), np.array([3.0]), np.array([4.0]), np.array([1, 2, 9])).tolist()
-    [12.0, 17.0, 66.0]
-    """
-    steady = np.maximum(unit, gather + scatter)
-    more = gather + np.maximum(gather, unit) + np.maximum(unit, scatter) + scatter
-    return np.asarray(np.where(units == 1, gather + unit + scatter, more + (units - 2) * steady))
-
-
-def left_over(
-    exchange: Floats, compute: Floats, units: Int64, overlaps: bool, exposed: Floats
-) -> Floats:
-    """Return what of `exchange` is left behind `compute`, of which it takes a share unit by unit.
-
-    Each share x waits for that of the computation c: max(c + U x, U c + x) in all. Never less than
-    the part that experience says is not hidden.
-    """
-    if not overlaps:
-        return exchange
-    parts = np.maximum(units, 1)
-    behind = np.maximum(exchange / parts, exchange - compute * (parts - 1) / parts)
-    return np.asarray(np.where(units > 0, np.maximum(behind, exposed * exchange), exchange))
