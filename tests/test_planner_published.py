@@ -46,7 +46,7 @@ def test_a_complete_row_is_read_without_a_remark() -> None:
     (setup,) = run.setups
     layout = setup.layout
     assert (run.id, run.group, run.remarks) == ("lab-0007", "lab", ())
-    assert str(layout) == "dp=4,tp=2,pp=2,1f1b,zero1,mb=1x32"
+    assert str(layout) == "dp=4,tp=2,sp,pp=2,1f1b,zero1,mb=1x32"
     assert (layout.sequence_parallel, layout.stage_layers) == (True, (16, 16))
     assert (setup.model.num_parameters, setup.model.vocab) == (8_030_261_248, 128_256)
     assert (setup.workload.dtype, setup.stack.name) == ("bf16", "megatron-2023")
