@@ -6,6 +6,7 @@ while it runs, no other process runs any.
 """
 
 import fcntl
+import gc
 import os
 from collections.abc import Generator
 from pathlib import Path
@@ -13,8 +14,10 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
-settings.register_profile("layline", deadline=None)
-settings.load_profile("layline")
+settings.register_profile("all", deadline=None)
+settings.register_profile("few", deadline=None, max_examples=30)
+
+gc.disable()  # until all is imported: what imports make lives as long as the process
 
 _MAX_PROCESSES = 4
 
@@ -37,6 +40,17 @@ def pytest_cmdline_main(config: pytest.Config) -> None:
         option.numprocesses, option.dist = num_processes, "worksteal"
         # Threads of several processes on the same cores would wait for each other.
         os.environ.setdefault("OMP_NUM_THREADS", "1")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    """Try fewer examples where slow tests are left out."""
+    settings.load_profile("few" if config.option.markexpr == "not slow" else "all")
+
+
+def pytest_collection_finish() -> None:
+    """Look for garbage from now on, but not among what is imported, which would take seconds."""
+    gc.freeze()
+    gc.enable()
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

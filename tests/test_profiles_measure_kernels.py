@@ -2,6 +2,7 @@
 
 import itertools
 from collections.abc import Iterator, Sequence
+from functools import cache
 from pathlib import Path
 
 import pytest
@@ -20,7 +21,8 @@ from profiles.measure import buffers, kernels, ops, sweep, timing
 from profiles.measure.buffers import TORCH_DTYPES, Arena, buffer_sets, core_cache_bytes
 from profiles.measure.kernels import explore, repeat
 from profiles.measure.ops import builder, ops_of, refusal, selected, variants
-from profiles.measure.shapes import Limits, anchors, candidates, working_bytes
+from profiles.measure.shapes import Limits, anchors, working_bytes
+from profiles.measure.shapes import candidates as find_candidates
 from profiles.measure.sweep import KernelPoint, merged
 from profiles.measure.timing import Budget, Call, Clock, cpu_mhz, time_calls
 from profiles.presets import model_preset, model_presets
@@ -31,6 +33,8 @@ CPU = torch.device("cpu")
 FAST = Budget(time_ns=0, min_samples=2, max_samples=3)
 LIMITS = Limits(flop_per_s=5e10, bytes_per_s=1e10, longest_ns=20_000_000, memory_bytes=8 << 30)
 WIDE = Limits(flop_per_s=5e14, bytes_per_s=2e12, longest_ns=300_000_000, memory_bytes=70 << 30)
+
+candidates = cache(find_candidates)
 
 
 @pytest.fixture
