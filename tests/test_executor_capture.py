@@ -49,7 +49,7 @@ def real_trainer(plan: Plan, trace: Trace) -> Trainer:
     return trainer
 
 
-@pytest.mark.parametrize("schedule", ["1f1b", "zb_h1"])
+@pytest.mark.parametrize("schedule", ["1f1b", pytest.param("zb_h1", marks=pytest.mark.slow)])
 def test_a_fake_step_is_a_real_step(schedule: str) -> None:
     plan = tiny_plan(tiny_layout(schedule=schedule, global_batch=5))
     order, trace = plan.parsed_schedule(), Trace()

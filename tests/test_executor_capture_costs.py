@@ -205,7 +205,7 @@ def modelled_buckets(plan: Plan, found: Capture) -> Counter[int]:
     return sizes
 
 
-@pytest.mark.parametrize("rank", [0, 7])
+@pytest.mark.parametrize("rank", [pytest.param(0, marks=pytest.mark.slow), 7])
 def test_the_cost_model_has_the_ops_of_a_small_model(rank: int) -> None:
     model = replace(llama("8b"), num_layers=8)
     found = check_against_cost_model(large_plan(model, cut(model, 4, dp=2, tp=2, pp=2)), rank)
